@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers, routers and backbones in plain PyTorch."""

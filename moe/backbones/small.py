@@ -1,0 +1,48 @@
+"""A small residual net for laptops, tests and first looks: ours, from no paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.backbones.parts import BasicBlock, assemble, check, mixture, plain, scaled
+from moe.backbones.resnet import ResidualBody
+from moe.network import Network
+from moe.routers import ImageRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    """One residual block a stage at widths 64, 128, 256 behind a stem of 32 channels.
+
+    Every stage halves the image's side. 13 MMAC at 32 px with ``ratio=0.5``, of which the router
+    (one block a stage, widths 8, 16, 32, on at most 16 px) takes 0.8.
+
+    Attributes:
+        num_experts: 1 is a dense net.
+        ratio: Width of one expert over the dense width, in (0, 1].
+        router_scope: One route for the network, or one a layer.
+    """
+
+    num_experts: int = 2
+    ratio: float = 0.5
+    router_scope: Literal["shared", "per_layer"] = "shared"
+
+    def __post_init__(self) -> None:
+        check(self.num_experts, self.ratio, self.router_scope)
+
+    def build(self, num_classes: int, image_size: int) -> Network:
+        """Make the network for square images of ``image_size`` pixels."""
+        make, blocks = mixture(self.num_experts, self.router_scope), []
+        channels = stem = scaled(32, self.ratio) if self.num_experts == 1 else 32
+        for stage, width in enumerate((64, 128, 256)):
+            stride = 1 if image_size < 16 and not stage else 2
+            out = scaled(width, self.ratio)
+            blocks.append(BasicBlock(channels, out, stride, make, plain))
+            channels = out
+        return assemble(
+            ResidualBody(plain(3, stem, 3, 1), blocks, channels, num_classes, False),
+            lambda: ImageRouter(self.num_experts, blocks=1, widths=(8, 16, 32), max_side=16),
+            num_experts=self.num_experts,
+            router_scope=self.router_scope,
+        )

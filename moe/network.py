@@ -1,0 +1,100 @@
+"""A classifier made of a router and a body whose layers follow its route."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe.normalize import Normalize
+from moe.routing import Route, Routed, Routing
+
+PIECE = 32  # images that one expert runs end to end at a time on a CPU: activations stay in cache
+
+
+class Network(nn.Module):
+    """Normalization, router and body of a dense or mixture classifier.
+
+    Training runs layer by layer over the whole batch, which BatchNorm must see. In eval mode each
+    expert's images run end to end, in cache-sized pieces on a CPU.
+
+    Args:
+        body: Module ``(x_BCHW, routing) -> logits (B, K)``.
+        router: Module from normalized images to scores (B, E); None for a dense net and where
+            every layer routes for itself.
+        num_experts: E, 1 for a dense net.
+        num_layers: Layers that route for themselves, 0 where one route serves the whole network.
+
+    Attributes:
+        gate_gradient: Whether gates carry the straight-through gradient to the router, which is
+            what trains it. The deployed function is constant in its gates almost everywhere, so
+            its true gradient is the one without; see ``moe.folding.fold``.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        router: nn.Module | None,
+        *,
+        normalize: Normalize,
+        num_experts: int,
+        num_layers: int = 0,
+    ):
+        super().__init__()
+        self.normalize, self.router, self.body = normalize, router, body
+        self.num_experts, self.num_layers = num_experts, num_layers
+        self.gate_gradient = True
+
+    def forward(self, x_BCHW: Tensor) -> Routed:
+        """Classify pixels in [0, 1]."""
+        x_BCHW = self.normalize(x_BCHW)
+        if self.num_layers:
+            routing = Routing(gate_gradient=self.gate_gradient)
+            logits_BK = self.body(x_BCHW, routing)
+            return Routed(logits_BK, torch.stack(routing.scores, 1), torch.stack(routing.chosen, 1))
+        scores_BE = self.scores(x_BCHW)
+        route = Route.top1(scores_BE if self.gate_gradient else scores_BE.detach())
+        return Routed(self._follow(x_BCHW, route), scores_BE, route.chosen_B)
+
+    def along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
+        """Classify along a given route, (B,) or (B, L) as in ``Routed``; return logits (B, K).
+
+        The router is left out: no gradient reaches the image through it.
+        """
+        x_BCHW = self.normalize(x_BCHW)
+        if self.num_layers:
+            if route.shape != (want := (len(x_BCHW), self.num_layers)):
+                raise ValueError(f"route has shape {tuple(route.shape)}, want {want}")
+            logits_BK: Tensor = self.body(x_BCHW, Routing(gate_gradient=False, fixed_BL=route))
+            return logits_BK
+        scores_BE = x_BCHW.new_zeros(len(x_BCHW), self.num_experts)
+        return self._follow(x_BCHW, Route.fixed(route, scores_BE))
+
+    def router_scores(self, x_BCHW: Tensor) -> Tensor:
+        """Score the experts on pixels in [0, 1], without the body where the router needs none."""
+        if self.num_layers:
+            layers_BLE: Tensor = self(x_BCHW).router
+            return layers_BLE
+        return self.scores(self.normalize(x_BCHW))
+
+    def scores(self, x_BCHW: Tensor) -> Tensor:
+        """Score the experts on normalized images: (B, E), zeros (B, 1) for a dense net."""
+        if self.router is None:
+            return x_BCHW.new_zeros(len(x_BCHW), 1)
+        scores_BE: Tensor = self.router(x_BCHW)
+        return scores_BE.float()
+
+    def _follow(self, x_BCHW: Tensor, route: Route) -> Tensor:
+        x_BCHW = x_BCHW[route.order_B] if len(route.counts) > 1 else x_BCHW
+        if self.body.training:
+            logits_BK = self.body(x_BCHW, Routing(route))
+        else:
+            size = PIECE if x_BCHW.device.type == "cpu" else len(x_BCHW)
+            parts = [self.body(x_BCHW[rows], Routing(own)) for rows, own in route.pieces(size)]
+            logits_BK = torch.cat(parts)
+        back_BK: Tensor = logits_BK[route.inverse_B] if len(route.counts) > 1 else logits_BK
+        return back_BK
+
+
+def is_router_parameter(name: str) -> bool:
+    """Tell the router's parameters (and the layers' gates) from the experts' by their name."""
+    return name.startswith("router.") or ".gate." in name

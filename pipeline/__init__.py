@@ -1,0 +1,1 @@
+"""Training, evaluation and tracking of robust mixtures of experts."""

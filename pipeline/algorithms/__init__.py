@@ -1,0 +1,27 @@
+"""Every training algorithm by name. A new one is a file here and a line below."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.moe_at import MoEAT
+from pipeline.algorithms.pgd_training import PGDTraining
+from pipeline.algorithms.standard import Standard
+from pipeline.algorithms.trades import Trades
+from pipeline.state import TrainState
+
+
+class Algorithm(Protocol):
+    """Settings are fields, one update is ``step``; it returns losses in nats per image."""
+
+    def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "standard": Standard,
+    "pgd_training": PGDTraining,
+    "trades": Trades,
+    "moe_at": MoEAT,
+    "adv_moe": AdvMoE,
+}

@@ -1,0 +1,92 @@
+"""AdvMoE: robust training that alternates between experts and router.
+
+Shapes: B images, E experts, CHW channels and sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.algorithms.aims import joint_divergence
+from pipeline.algorithms.trades import trades_terms
+from pipeline.attacks import Attack
+from pipeline.attacks.pgd import PGD
+from pipeline.losses import cross_entropy_per_image, kl
+from pipeline.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvMoE:
+    """One TRADES update of the experts, then one of the router (arXiv:2308.10110, eq. 3).
+
+    ``min_psi l(psi, phi*(psi))``, ``phi*(psi) = argmin_phi l(psi, phi)``, with router psi, experts
+    phi and ``l = CE(f(x), y) + beta KL(f(x) || f(x'))``, by one SGD step on each in turn. Before
+    each step x' raises ``KL(f) + KL(r)`` anew. The half that rests does not change by one bit, its
+    BatchNorm statistics included (the released code moves them).
+
+    Attributes:
+        beta: Weight of stability against accuracy; 6 in the paper.
+        alpha: Weight of the pseudo labels, for that router loss only; 6 in the released code.
+        router_loss: ``trades``: l itself through the straight-through gate (the paper).
+            ``pseudo_label``: ``alpha CE(r(x), y mod E) + beta KL(r(x) || r(x'))`` (released code).
+        minibatches: ``one``: both steps on the same images (released code). ``two``: the first
+            half of the batch for the experts, the second for the router (the paper's B_l, B_u).
+        attack: How x' is found; 2 steps of 5/255 in the released code.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    beta: float = 6.0
+    alpha: float = 6.0
+    router_loss: Literal["trades", "pseudo_label"] = "trades"
+    minibatches: Literal["one", "two"] = "one"
+    attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "alpha"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.router_loss not in ("trades", "pseudo_label"):
+            raise ValueError(
+                f"router_loss must be trades or pseudo_label, got {self.router_loss!r}"
+            )
+        if self.minibatches not in ("one", "two"):
+            raise ValueError(f"minibatches must be one or two, got {self.minibatches!r}")
+
+    def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+        """Update both groups from pixels in [0, 1]; return detached losses in nats per image."""
+        if "router" not in state.optimizers:
+            raise ValueError("adv_moe needs a router: num_experts must be at least 2, got 1")
+        images, labels = (x_BCHW, x_BCHW), (y_B, y_B)
+        if self.minibatches == "two":
+            cut = (len(x_BCHW) + 1) // 2
+            images, labels = (x_BCHW[:cut], x_BCHW[cut:]), (y_B[:cut], y_B[cut:])
+        experts = self._step_experts(state, images[0], labels[0])
+        return experts | self._step_router(state, images[1], labels[1])
+
+    def _step_experts(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+        x_adv = state.perturb(self.attack, joint_divergence, x_BCHW)
+        with state.only("experts") as model:
+            terms = trades_terms(model, x_BCHW, x_adv, y_B)
+            state.descend(terms.natural + self.beta * terms.robust, "experts")
+        return terms.losses()
+
+    def _step_router(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+        x_adv = state.perturb(self.attack, joint_divergence, x_BCHW)
+        with state.only("router") as model:
+            if self.router_loss == "trades":
+                terms = trades_terms(model, x_BCHW, x_adv, y_B)
+                state.watch("router scores", terms.moved.router.abs().amax())
+                state.descend(terms.natural + self.beta * terms.robust, "router")
+                return terms.losses("router_")
+            clean, moved = model.router_scores(x_BCHW), model.router_scores(x_adv)
+            home_B = y_B % model.num_experts  # the expert that each class is sent to
+            homed = cross_entropy_per_image(clean, home_B).mean()
+            steady = kl(clean, moved)
+            state.watch("router scores", moved.abs().amax())
+            state.descend(self.alpha * homed + self.beta * steady, "router")
+            return {"router_homed": homed.detach(), "router_steady": steady.detach()}

@@ -1,0 +1,46 @@
+"""What the training attacks raise: makers of objectives of the images.
+
+Shapes: B images, K classes, E experts, CHW channels and sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe.network import Network
+from pipeline.attacks import Objective
+from pipeline.losses import cross_entropy_per_image, kl_per_image
+
+
+def divergence(model: Network, x_BCHW: Tensor) -> Objective:
+    """``KL(f(x) || f(x'))``, (B,): the attack of TRADES (arXiv:1901.08573, eq. 3)."""
+    with torch.no_grad():
+        clean_BK = model(x_BCHW).logits
+    return lambda x_adv: kl_per_image(clean_BK, model(x_adv).logits)
+
+
+def joint_divergence(model: Network, x_BCHW: Tensor) -> Objective:
+    """``KL(f(x) || f(x')) + KL(r(x) || r(x'))``, (B,): classifier and router together, as AdvMoE.
+
+    For a dense net the second term is zero, so dense and mixture models face the same attack.
+    """
+    with torch.no_grad():
+        clean = model(x_BCHW)
+
+    def objective(x_adv: Tensor) -> Tensor:
+        moved = model(x_adv)
+        return kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, moved.router)
+
+    return objective
+
+
+def error(y_B: Tensor) -> Callable[[Network, Tensor], Objective]:
+    """Make the aim ``CE(f(x'), y)``, (B,) (Madry et al., arXiv:1706.06083, eq. 2.1)."""
+
+    def aim(model: Network, x_BCHW: Tensor) -> Objective:
+        return lambda x_adv: cross_entropy_per_image(model(x_adv).logits, y_B)
+
+    return aim

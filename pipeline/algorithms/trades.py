@@ -1,0 +1,66 @@
+"""TRADES: accuracy and stability as two terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe.network import Network
+from moe.routing import Routed
+from pipeline.algorithms.aims import divergence
+from pipeline.attacks import Attack
+from pipeline.attacks.pgd import PGD
+from pipeline.losses import cross_entropy_per_image, kl
+from pipeline.state import GROUPS, TrainState
+
+
+class Terms(NamedTuple):
+    """The two terms of TRADES, in nats per image, and the outputs they came from."""
+
+    natural: Tensor
+    robust: Tensor
+    clean: Routed
+    moved: Routed
+
+    def losses(self, prefix: str = "") -> dict[str, Tensor]:
+        """Detached terms by name."""
+        return {
+            f"{prefix}natural": self.natural.detach(),
+            f"{prefix}robust": self.robust.detach(),
+        }
+
+
+def trades_terms(model: Network, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) -> Terms:
+    """``CE(f(x), y)`` and ``KL(f(x) || f(x'))`` (Zhang et al., ICML 2019, arXiv:1901.08573)."""
+    clean, moved = model(x_BCHW), model(x_adv)
+    natural = cross_entropy_per_image(clean.logits, y_B).mean()
+    return Terms(natural, kl(clean.logits, moved.logits), clean, moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trades:
+    """``min CE(f(x), y) + beta KL(f(x) || f(x'))``, x' raising the second term, over all groups.
+
+    Attributes:
+        beta: Weight of stability against accuracy, 1/lambda in the paper; 6 on CIFAR.
+        attack: How x' is found.
+
+    Raises:
+        ValueError: ``beta`` is negative.
+    """
+
+    beta: float = 6.0
+    attack: Attack = PGD(start="gaussian")
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be at least 0, got {self.beta}")
+
+    def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+        """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
+        x_adv = state.perturb(self.attack, divergence, x_BCHW)
+        terms = trades_terms(state.model, x_BCHW, x_adv, y_B)
+        state.descend(terms.natural + self.beta * terms.robust, *GROUPS)
+        return terms.losses()

@@ -1,0 +1,142 @@
+"""Projected gradient descent in two norms.
+
+Shapes: B images, CHW channels and sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12  # keeps the direction of a zero gradient finite
+
+
+class Draw(Protocol):
+    """A source of random numbers shaped like the images, see ``pipeline.seeding``."""
+
+    def uniform(self, x_BCHW: Tensor) -> Tensor: ...
+    def normal(self, x_BCHW: Tensor) -> Tensor: ...
+
+
+class Unseeded:
+    """Numbers of torch's global generator, for interactive use."""
+
+    def uniform(self, x_BCHW: Tensor) -> Tensor:
+        return torch.rand_like(x_BCHW) * 2 - 1
+
+    def normal(self, x_BCHW: Tensor) -> Tensor:
+        return torch.randn_like(x_BCHW)
+
+
+UNSEEDED = Unseeded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Raise a function of the images inside a ball of radius eps around each of them.
+
+    ``x <- clip_[0,1](project(x + step_size * direction(grad objective(x))))`` (Madry et al., ICLR
+    2018, arXiv:1706.06083); the direction is the sign for L-inf, the normalized gradient for L2.
+    The objective says what is attacked (the classifier, the router, one expert): no new target
+    needs a new attack. It returns one number or one an image; restarts need the latter.
+
+    Attributes:
+        eps, step_size: Radius and step in pixel units of [0, 1] (in L2 of the whole image).
+        steps: Number of gradients. Zero returns the start.
+        norm: ``linf`` or ``l2``.
+        start: ``uniform`` in the ball, ``gaussian`` of deviation 0.001 (TRADES, AdvMoE), ``clean``.
+        restarts: Independent starts, of which each image keeps the one with the highest objective.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    norm: Literal["linf", "l2"] = "linf"
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "step_size", "steps"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be linf or l2, got {self.norm!r}")
+        if self.start not in ("uniform", "gaussian", "clean"):
+            raise ValueError(f"start must be uniform, gaussian or clean, got {self.start!r}")
+
+    def __call__(
+        self, objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, noise: Draw = UNSEEDED
+    ) -> Tensor:
+        """Return detached images. Touches no parameter's ``.grad`` and no train/eval mode."""
+        best = self.ascend(objective, x_BCHW, self.begin(x_BCHW, noise), self.steps)
+        if self.restarts == 1:
+            return best
+        with torch.no_grad():
+            height_B = self._heights(objective(best), x_BCHW)
+        for _ in range(self.restarts - 1):
+            again = self.ascend(objective, x_BCHW, self.begin(x_BCHW, noise), self.steps)
+            with torch.no_grad():
+                other_B = self._heights(objective(again), x_BCHW)
+            best = torch.where((other_B > height_B).view(-1, 1, 1, 1), again, best)
+            height_B = torch.maximum(height_B, other_B)
+        return best
+
+    def begin(self, x_BCHW: Tensor, noise: Draw) -> Tensor:
+        """Return the start: images inside the ball and [0, 1]."""
+        if self.start == "clean" or self.eps == 0:
+            return x_BCHW.detach().clone()
+        if self.start == "gaussian":
+            step = 0.001 * noise.normal(x_BCHW)
+        elif self.norm == "linf":
+            step = self.eps * noise.uniform(x_BCHW)
+        else:  # uniform in the L2 ball: a direction, times the CHW-th root of a uniform number
+            direction = noise.normal(x_BCHW)
+            share_B = (noise.uniform(x_BCHW)[:, :1, :1, :1] + 1) / 2
+            radius_B = self.eps * share_B ** (1 / x_BCHW[0].numel())
+            step = radius_B * direction / _norm(direction)
+        return self.project(x_BCHW + step, x_BCHW)
+
+    def ascend(
+        self, objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, start: Tensor, steps: int
+    ) -> Tensor:
+        """Climb for ``steps`` gradients from ``start``, inside the ball around ``x_BCHW``."""
+        x_adv = start.detach()
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
+            # sign(NaN) may be 0 and turn the attack into a no-op: 0 * gradient keeps it visible
+            sign = self.norm == "linf"
+            direction = gradient.sign() + 0 * gradient if sign else gradient / _norm(gradient)
+            x_adv = self.project(x_adv.detach() + self.step_size * direction, x_BCHW)
+        return x_adv.detach()
+
+    def project(self, x_adv: Tensor, x_BCHW: Tensor) -> Tensor:
+        """Return the nearest images in the ball, then in [0, 1]."""
+        if self.norm == "linf":
+            return x_adv.clamp(x_BCHW - self.eps, x_BCHW + self.eps).clamp(0, 1)
+        step = x_adv - x_BCHW
+        shrink = (self.eps / _norm(step)).clamp(max=1)
+        return (x_BCHW + shrink * step).clamp(0, 1)
+
+    def _heights(self, heights: Tensor, x_BCHW: Tensor) -> Tensor:
+        if heights.shape != (len(x_BCHW),):
+            raise ValueError(
+                f"restarts={self.restarts} needs an objective with one value an image, "
+                f"got shape {tuple(heights.shape)} for {len(x_BCHW)} images"
+            )
+        return heights
+
+
+def _norm(x_BCHW: Tensor) -> Tensor:
+    norm_B: Tensor = torch.linalg.vector_norm(x_BCHW.flatten(1), dim=1)
+    return norm_B.clamp(min=TINY).view(-1, 1, 1, 1)

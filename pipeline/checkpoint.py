@@ -1,0 +1,163 @@
+"""Checkpoints that are whole or absent: a folder with a hash of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.network import Network
+from pipeline.config import Config, flatten, read
+
+FILES = ("model.safetensors", "state.pt", "config.json")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing or damaged."""
+
+
+def build_model(config: Config) -> Network:
+    """Make the network of a run, in channels-last layout, from torch's global generator."""
+    net = config.backbone.build(config.dataset.num_classes, config.dataset.image_size)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def save(
+    folder: Path, config: Config, model: Network, state: dict[str, Any], meta: dict[str, Any]
+) -> None:
+    """Write a checkpoint under a temporary name, then rename it.
+
+    Args:
+        folder: Where it shall stand; replaced if it is there.
+        state: What resuming needs beside the weights; plain values and tensors.
+        meta: JSON values that describe it, such as epoch, step and metrics.
+    """
+    from safetensors.torch import save_file
+
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, draft / "model.safetensors")
+        torch.save(state, draft / "state.pt")
+        (draft / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        hashes = {name: sha256(draft / name) for name in FILES}
+        (draft / "meta.json").write_text(json.dumps(meta | {"sha256": hashes}, indent=2) + "\n")
+        for file in draft.iterdir():
+            _flush(file)
+        publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, over an older one if need be."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy a checkpoint, whole or not at all."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    publish(draft, folder)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return the checkpoint's ``meta`` if every file is what was written.
+
+    Raises:
+        CheckpointError: A file is missing or differs from its hash; names the file.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a checkpoint folder")
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        hashes = {name: str(meta["sha256"][name]) for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder} is not a whole checkpoint: meta.json is missing or damaged"
+        ) from None
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+        if (found := sha256(folder / name)) != expected:
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has sha256 {found[:12]}, want {expected[:12]}"
+            )
+    return meta
+
+
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest whole ``step_*`` checkpoint; say what was passed over."""
+    passed = []
+    for folder in sorted(root.glob("step_*"), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            passed.append(str(error))
+            continue
+        return folder, passed
+    return None, passed
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` of the ``step_*`` checkpoints, and abandoned drafts."""
+    for folder in [*sorted(root.glob("step_*"))[:-keep], *root.glob(".*.*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_config(folder: str | Path) -> Config:
+    """Read the config of a checkpoint."""
+    flat = json.loads((Path(folder) / "config.json").read_text())
+    return read(flat)
+
+
+def load_weights(folder: Path, model: Network) -> None:
+    """Copy a checkpoint's weights into a model of the same shape."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what resuming needs beside the weights; never runs code that the file carries."""
+    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    return state
+
+
+def load_model(folder: str | Path) -> Network:
+    """Build a checkpoint's model with its weights, in eval mode, ready for evaluation.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged; names the file.
+    """
+    verify(Path(folder))
+    model = build_model(load_config(folder))
+    load_weights(Path(folder), model)
+    return model.eval()
+
+
+def sha256(path: Path) -> str:
+    """Hash a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,84 @@
+"""The command line that all commands share: a name, dotted settings, flags."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set stays
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command was given: ``NAME key=value ... --flag ...``."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, str]
+    flags: frozenset[str]
+
+
+def read_arguments(
+    argv: Iterable[str], *, usage: str, flags: Iterable[str] = (), most_names: int = 1
+) -> Arguments:
+    """Sort a command line into names, settings and flags; ``--help`` prints the usage and leaves.
+
+    Raises:
+        ValueError: An unknown flag, a setting given twice, or too many names.
+    """
+    names: list[str] = []
+    settings: dict[str, str] = {}
+    given = set()
+    for word in argv:
+        if word in ("-h", "--help"):
+            print(usage.strip())
+            raise SystemExit(0)
+        if word.startswith("-"):
+            if word not in flags:
+                raise ValueError(f"no option {word}, only {', '.join(['--help', *flags])}")
+            given.add(word)
+        elif "=" in word:
+            key, _, value = word.partition("=")
+            if key in settings:
+                raise ValueError(f"{key} is given twice: {settings[key]!r} and {value!r}")
+            settings[key] = value
+        else:
+            names.append(word)
+    if len(names) > most_names:
+        raise ValueError(f"at most {most_names} name(s), got {' '.join(names)}")
+    return Arguments(tuple(names), settings, frozenset(given))
+
+
+def main(run: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command: bad input ends with code 2 and one line, a failed run with code 1."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        code = run(sys.argv[1:])
+    except ValueError as error:
+        code = fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = fail("interrupted", 130)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def fail(text: str, code: int) -> int:
+    """Print one line to the error stream; return the exit code."""
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,145 @@
+"""What a person sees of a run: a live bar or plain lines, and a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+EVERY = 20.0  # seconds between two plain lines within an epoch
+
+TITLES = {
+    "test/sa": "SA, no attack",
+    "test/ra_worst": "RA, worst case over all attacks",
+    "test/ra_forced": "RA, forced route",
+    "test/ra_router": "RA, router attacked",
+    "test/ra_expert": "RA, experts attacked, clean route",
+    "route/entropy": "entropy of the load (nats)",
+    "route/flip_rate": "routes changed by the white-box attack",
+    "cost/gmac": "GMAC an image, router included",
+    "cost/gmac_router": "GMAC of the router",
+    "cost/params": "parameters",
+    "cost/ratio_to_dense": "GMAC over the dense twin's",
+    "cost/images_per_second": "images/s, one worker",
+    "cost/images_per_second_dense": "images/s of the dense twin",
+}
+
+
+class Follower:
+    """Shows the events of one run."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._last = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def handle(self, event: Mapping[str, Any]) -> None:
+        """Show one event; kinds that say nothing to a person are ignored."""
+        show = getattr(self, f"_show_{event['kind']}", None)
+        if show is not None:
+            show(event)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        (self._bar.console if self._bar else self.console).print(text, markup=False)
+        self._last = time.monotonic()
+
+    def _show_warning(self, event: Mapping[str, Any]) -> None:
+        self.say(f"warning: {event['text']}")
+
+    def _show_resumed(self, event: Mapping[str, Any]) -> None:
+        where = f"epoch {event['epoch']}" + (f", update {event['step']}" if event["step"] else "")
+        self.say(f"continues after {where} from {event['checkpoint']}")
+
+    def _show_epoch(self, event: Mapping[str, Any]) -> None:
+        v = event["values"]
+        losses = " ".join(
+            f"{name.removeprefix('train/loss_')} {value:.3f}"
+            for name, value in v.items()
+            if name.startswith("train/loss_")
+        )
+        self.say(
+            f"epoch {event['epoch']}/{event['epochs']}  loss {losses}  "
+            f"val SA {v['val/sa']:.1%} RA {v['val/ra']:.1%}  "
+            f"{v['train/images_per_second']:.0f} images/s  {span(event['seconds_left'])} left"
+        )
+
+    def _show_progress(self, event: Mapping[str, Any]) -> None:
+        text = (
+            f"loss {event['loss']:.3f}  {event['images_per_second']:.0f} images/s  "
+            f"{span(event['seconds_left'])} left"
+        )
+        where = f"epoch {event['epoch']}/{event['epochs']}"
+        self._step(where, int(event["step"]), int(event["steps"]), text)
+
+    def _show_judging(self, event: Mapping[str, Any]) -> None:
+        rate = event["seconds"] / max(1, event["done"])
+        text = f"{span(rate * (event['of'] - event['done']))} left"
+        self._step("test images", int(event["done"]), int(event["of"]), text)
+
+    def _step(self, where: str, done: int, of: int, text: str) -> None:
+        if not self.console.is_terminal:
+            if time.monotonic() - self._last > EVERY:
+                self.say(f"{where}  {done}/{of}  {text}")
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(where, text=text)
+        self._bar.update(self._task, description=where, completed=done, total=of, text=text)
+
+    def results(self, title: str, metrics: Mapping[str, float]) -> None:
+        """Print the table at the end of a run."""
+        self.close()
+        self.console.print(results_table(title, metrics))
+
+
+def results_table(title: str, metrics: Mapping[str, float]) -> Table:
+    """Lay out metrics with their intervals."""
+    table = Table(title=title, title_justify="left", show_edge=False)
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95% interval", justify="right")
+    for name, value in metrics.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        share = name.startswith("test/")
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        band = "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
+        table.add_row(describe(name), f"{value:.1%}" if share else f"{value:.4g}", band)
+    return table
+
+
+def describe(name: str) -> str:
+    """Say a metric in words, with its name."""
+    if name.startswith("test/ra_pgd"):
+        steps, _, aim = name.removeprefix("test/ra_pgd").partition("_")
+        words = f"RA, PGD-{steps} on the {aim or 'cross-entropy'}"
+    else:
+        words = TITLES.get(name, "")
+    return f"{name}  {words}".rstrip()
+
+
+def span(seconds: float) -> str:
+    """Say a time in the largest unit that fits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

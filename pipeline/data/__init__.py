@@ -1,0 +1,57 @@
+"""Every dataset by name. A new one is a file here and a line below."""
+
+from typing import Protocol, runtime_checkable
+
+from pipeline.data.cifar import Cifar10, Cifar100
+from pipeline.data.digits import Digits
+from pipeline.data.loading import Splits
+from pipeline.data.synthetic import Synthetic
+
+
+class Dataset(Protocol):
+    """Settings are fields, reading the images is ``load``.
+
+    Attributes:
+        path: Folder with this dataset's parquet files; empty: ``$ROBUST_MOE_DATA/<name>``.
+        train_images, test_images: Size of a class-balanced subset; None: all.
+        validation: Fraction of the train images that is kept apart, in (0, 0.5].
+        pad, flip: Augmentation: border of the random crop in pixels, and mirroring or not.
+        num_classes, image_size: Classes, and pixels per side.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def test_images(self) -> int | None: ...
+    @property
+    def validation(self) -> float: ...
+    @property
+    def pad(self) -> int: ...
+    @property
+    def flip(self) -> bool: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+
+    def load(self, seed: int) -> Splits: ...
+
+
+@runtime_checkable
+class OnDisk(Dataset, Protocol):
+    """A dataset that lies in parquet files: the column of its labels, and the splits it needs."""
+
+    @property
+    def label_column(self) -> str: ...
+    @property
+    def split_names(self) -> tuple[str, ...]: ...
+
+
+DATASETS: dict[str, type[Dataset]] = {
+    "digits": Digits,
+    "synthetic": Synthetic,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+}

@@ -1,0 +1,107 @@
+"""Decoded images on the node's disk: made once, then mapped by every worker.
+
+The pages of a mapped file are shared, so that eight workers hold one copy in memory. The folder is
+``$ROBUST_MOE_CACHE``, or one of this user's own among the temporary files; it may be deleted at
+any time. A cache that cannot be used costs time, never the run.
+"""
+
+import fcntl
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION = 1  # raise it when the same files would be decoded to other arrays
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+def cache_folder() -> Path:
+    """Name the folder that holds decoded images."""
+    chosen = os.environ.get("ROBUST_MOE_CACHE")
+    return Path(chosen or Path(tempfile.gettempdir()) / f"robust-moe-{os.getuid()}").expanduser()
+
+
+def cached(key: str, shape: tuple[int, ...], make: Callable[[], Arrays]) -> Arrays:
+    """Map the arrays stored under ``key``, or make and store them first.
+
+    Of several processes that ask at once, one makes and the others wait.
+
+    Args:
+        key: A hash of all that decides the arrays.
+        shape: Shape (N, C, H, W) of the pixels; a file that does not fit it is made anew.
+        make: Gives pixels (N, C, H, W) and labels (N,).
+    """
+    made: Arrays | None = None
+    folder = cache_folder()
+    try:
+        with only_one(folder, key):
+            if (found := find(folder, key, shape)) is not None:
+                return found
+            made = make()
+            save(folder / f"{key}.pixels.npy", made[0])
+            save(folder / f"{key}.labels.npy", made[1])
+            return find(folder, key, shape) or made
+    except OSError as error:
+        warnings.warn(f"decoded images are not kept in {folder}: {error}", stacklevel=2)
+    return made or make()
+
+
+@contextmanager
+def only_one(folder: Path, key: str) -> Iterator[None]:
+    """Hold a lock that ends with the process, if nothing else ends it.
+
+    Raises:
+        OSError: The folder cannot be written, or belongs to another user.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError("the folder belongs to another user")
+    with (folder / f"{key}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find(folder: Path, key: str, shape: tuple[int, ...]) -> Arrays | None:
+    """Map stored arrays; None if there are none, or if a file is damaged.
+
+    Mapped pages are copied when written to: no reader can change the file.
+    """
+    try:
+        pixels = map_array(folder / f"{key}.pixels.npy", shape, np.uint8)
+        labels = map_array(folder / f"{key}.labels.npy", shape[:1], np.int64)
+    except (OSError, ValueError, EOFError):
+        return None
+    return pixels, labels
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Map one array.
+
+    Raises:
+        ValueError: The file holds something else than an array of this shape and type.
+    """
+    array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, want {dtype} {shape}")
+    if path.stat().st_size != (want := array.offset + array.nbytes):  # type: ignore[attr-defined]
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, want {want}")
+    return array
+
+
+def save(path: Path, array: NDArray[Any]) -> None:
+    """Write an array whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

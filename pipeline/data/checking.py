@@ -1,0 +1,67 @@
+"""Look at every row of a parquet folder, as ``data_tool check`` does."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.data.parquet import (
+    DamagedDataError,
+    Layout,
+    class_names,
+    decode_rows,
+    find_shards,
+    find_splits,
+    open_parquet,
+    read_rows,
+)
+
+LABEL_COLUMNS = ("label", "fine_label")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one split holds; counted by class, by size in pixels, and by Pillow's mode."""
+
+    files: list[Path]
+    classes: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+
+
+def check_split(folder: Path, split: str, layout: Layout) -> Summary:
+    """Decode all images of a split, one after the other.
+
+    Raises:
+        DamagedDataError: The split is missing, or a row is damaged; the message names it.
+    """
+    summary = Summary(find_shards(folder, split))
+    for file in summary.files:
+        names = class_names(file, layout.label)
+        if names and layout.num_classes not in (None, len(names)):
+            raise DamagedDataError(
+                f"{file}: {layout.label} has {len(names)} classes, want {layout.num_classes}"
+            )
+        for rows in read_rows(file, layout):
+            summary.classes.update(rows.labels.tolist())
+            for picture in decode_rows(rows, layout):
+                summary.sizes["{2} x {1}".format(*picture.pixels.shape)] += 1
+                summary.modes[picture.mode] += 1
+    return summary
+
+
+def guess_layout(folder: Path) -> Layout:
+    """Find the label column of a folder of unknown data, and how many classes it says it has.
+
+    Raises:
+        DamagedDataError: There is no parquet file, or it has no label column that is known.
+    """
+    if not (splits := find_splits(folder)):
+        raise DamagedDataError(f"no <split>-*.parquet in {folder}")
+    file = find_shards(folder, splits[0])[0]
+    with open_parquet(file) as opened:
+        columns = opened.schema_arrow.names
+    for label in LABEL_COLUMNS:
+        if label in columns:
+            return Layout(label, len(class_names(file, label)) or None)
+    wanted = " or ".join(LABEL_COLUMNS)
+    raise DamagedDataError(f"{file}: has the columns {', '.join(columns)}; want {wanted}")

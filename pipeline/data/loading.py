@@ -1,0 +1,213 @@
+"""Images in memory: splits, subsets, the order of an epoch, and augmentation.
+
+Shapes: N images of a split, B of a batch on one worker, C channels, H x W pixels, K classes.
+Every draw follows from the seed it is given; none depends on the number of workers.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Pixels as uint8 (N, C, H, W) in 0..255, and labels as int64 (N,)."""
+
+    pixels_NCHW: Tensor
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def pick(self, rows: Tensor) -> "Images":
+        """Copy the images at these positions."""
+        return Images(self.pixels_NCHW[rows], self.labels_N[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What a run sees: ``sha256`` is the whole content on disk, before any subset is taken."""
+
+    train: Images
+    validation: Images
+    test: Images
+    sha256: str
+    class_names: tuple[str, ...]
+
+
+def check_settings(
+    *, validation: float, train_images: int | None, test_images: int | None, pad: int
+) -> None:
+    """Check the fields that all datasets share.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+    if not 0 < validation <= 0.5:
+        raise ValueError(f"validation must be in (0, 0.5], got {validation}")
+    for name, count in (("train_images", train_images), ("test_images", test_images)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if pad < 0:
+        raise ValueError(f"pad must be at least 0, got {pad}")
+
+
+def locate(path: str, name: str) -> Path:
+    """Name a dataset's folder: ``path``, or else ``name`` in ``$ROBUST_MOE_DATA`` or ``data``."""
+    return Path(path or Path(os.environ.get("ROBUST_MOE_DATA") or "data") / name).expanduser()
+
+
+def stream(*words: object) -> Generator:
+    """Make a CPU generator that depends on these words alone, whatever was drawn before."""
+    digest = hashlib.sha256(repr(words).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def shuffled_in_class(labels_N: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Group positions by class, in random order within each.
+
+    Returns:
+        Positions (N,), and for each of them how many of its class come before it (N,).
+    """
+    order_N = torch.randperm(len(labels_N), generator=generator)
+    order_N = order_N[labels_N[order_N].argsort(stable=True)]
+    counts_K = labels_N.bincount()
+    first_K = counts_K.cumsum(0) - counts_K
+    return order_N, torch.arange(len(labels_N)) - first_K[labels_N[order_N]]
+
+
+def stratified_split(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Part the positions in two; of n images of a class, round(fraction * n) go to the second.
+
+    Raises:
+        ValueError: ``fraction`` is not in (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be in (0, 1), got {fraction}")
+    order_N, place_N = shuffled_in_class(labels_N, stream("split", seed))
+    quota_K = (labels_N.bincount().double() * fraction).round().long()
+    apart_N = place_N < quota_K[labels_N[order_N]]
+    return order_N[~apart_N].sort().values, order_N[apart_N].sort().values
+
+
+def take(images: Images, count: int | None, seed: int, *, name: str = "count") -> Images:
+    """Draw ``count`` images (None: all) as evenly over the classes as they allow.
+
+    With one seed, a smaller draw is part of every larger one. Order is that of ``images``.
+
+    Raises:
+        ValueError: More images are wanted than there are; ``name`` says which setting it was.
+    """
+    if count is None or count == len(images):
+        return images
+    if not 1 <= count <= len(images):
+        raise ValueError(f"{name} must be in 1..{len(images)}, got {count}")
+    return images.pick(even_subset(images.labels_N, count, seed))
+
+
+def even_subset(labels_N: Tensor, count: int, seed: int) -> Tensor:
+    """Choose ``count`` positions by rounds, one of each class that has any left in a round."""
+    generator = stream("take", seed)
+    order_N, place_N = shuffled_in_class(labels_N, generator)
+    num_classes = int(labels_N.max()) + 1
+    turn_K = torch.randperm(num_classes, generator=generator)  # who is first in every round
+    rounds_N = place_N * num_classes + turn_K[labels_N[order_N]]
+    return order_N[rounds_N.argsort()[:count]].sort().values
+
+
+def make_splits(
+    train: Images,
+    test: Images,
+    seed: int,
+    *,
+    train_images: int | None,
+    test_images: int | None,
+    validation: float,
+    sha256: str,
+    class_names: tuple[str, ...],
+) -> Splits:
+    """Take the wanted subsets, then keep a part of the train images for validation.
+
+    Where classes are so small that none would give a single image, a balanced draw of the same
+    fraction, at least one image, takes their place.
+
+    Raises:
+        ValueError: More images are wanted than there are, or too few remain to part.
+    """
+    train = take(train, train_images, seed, name="train_images")
+    test = take(test, test_images, seed, name="test_images")
+    if len(train) < 2:
+        raise ValueError(f"train_images must be at least 2 to keep one apart, got {len(train)}")
+    kept, apart = stratified_split(train.labels_N, validation, seed)
+    if not len(apart):
+        apart = even_subset(train.labels_N, max(1, round(validation * len(train))), seed)
+        mask_N = torch.ones(len(train), dtype=torch.bool)
+        mask_N[apart] = False
+        kept = mask_N.nonzero().squeeze(1)
+    return Splits(train.pick(kept), train.pick(apart), test, sha256, class_names)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Permute 0..n-1 for one epoch; the same on every worker and after every restart."""
+    return torch.randperm(n, generator=stream("order", seed, epoch))
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Map uint8 in 0..255 to float32 in [0, 1].
+
+    Raises:
+        ValueError: The pixels are not uint8.
+    """
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels must be uint8, got {pixels.dtype}")
+    return pixels.float() / 255
+
+
+def augment(
+    x_BCHW: Tensor,
+    *,
+    pad: int,
+    flip: bool,
+    generator: Generator,
+    rank: int = 0,
+    world: int = 1,
+) -> Tensor:
+    """Crop each image at random from its zero-padded self, and mirror half of them.
+
+    The draws are made for the global batch of ``world`` times B images, of which this worker has
+    the ``rank``-th B: an image is treated alike however many workers share the batch.
+
+    Raises:
+        ValueError: ``pad`` is negative, or ``rank`` is not in 0..world-1.
+    """
+    if pad < 0:
+        raise ValueError(f"pad must be at least 0, got {pad}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in 0..{world - 1}, got {rank}")
+    b, c, h, w = x_BCHW.shape
+    device, mine = x_BCHW.device, slice(rank * b, (rank + 1) * b)
+    rows_BH = torch.arange(h, device=device).expand(b, h)
+    cols_BW = torch.arange(w, device=device).expand(b, w)
+    if flip:
+        coin_B = torch.rand(world * b, generator=generator, device=generator.device)[mine] < 0.5
+        cols_BW = torch.where(coin_B.to(device)[:, None], w - 1 - cols_BW, cols_BW)
+    if pad:
+        shape = (2, world * b)
+        shift_2B = torch.randint(2 * pad + 1, shape, generator=generator, device=generator.device)
+        rows_B1, cols_B1 = shift_2B[:, mine, None].to(device)
+        rows_BH, cols_BW = rows_BH + rows_B1, cols_BW + cols_B1
+        x_BCHW = F.pad(x_BCHW, (pad, pad, pad, pad))
+    elif not flip:
+        return x_BCHW
+    image_B, channel_C = torch.arange(b, device=device), torch.arange(c, device=device)
+    return x_BCHW[
+        image_B[:, None, None, None],
+        channel_C[None, :, None, None],
+        rows_BH[:, None, :, None],
+        cols_BW[:, None, None, :],
+    ]

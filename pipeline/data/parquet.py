@@ -1,0 +1,279 @@
+"""Hugging Face parquet: any number of shards and row groups, and no row that is silently wrong.
+
+A split is the files ``<split>-*.parquet`` of a folder. An image column is ``img`` or ``image``, a
+struct with the whole image file in ``bytes``; labels are integers. Every error names file and row;
+rows count from 0 in each file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data import cache
+from pipeline.data.loading import Images
+from pipeline.data.pictures import one_line, open_picture, to_rgb
+
+IMAGE_COLUMNS = ("img", "image")
+ROWS = 512  # read and decoded at a time
+
+
+class DamagedDataError(ValueError):
+    """The files on disk do not hold what they should; the message names file and row."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of a dataset must hold.
+
+    Attributes:
+        label: Column of the labels.
+        num_classes: Labels are 0..num_classes-1; None: any from 0 on.
+        size: Pixels per side; None: any.
+    """
+
+    label: str
+    num_classes: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Decoded splits, the hash of their files, and the names of the classes."""
+
+    images: tuple[Images, ...]
+    sha256: str
+    class_names: tuple[str, ...]
+
+
+def load_parquet(folder: Path, splits: Sequence[str], layout: Layout) -> Stored:
+    """Decode splits of a layout with fixed ``num_classes`` and ``size``, or map them if cached.
+
+    Raises:
+        DamagedDataError: The folder, a split or a row is not as it should be.
+    """
+    if layout.num_classes is None or layout.size is None:
+        raise ValueError(f"num_classes and size must be given to load images, got {layout}")
+    found = {split: find_shards(folder, split) for split in splits}
+    every = [file for files in found.values() for file in files]
+    names = class_names(every[0], layout.label)
+    if not names:
+        names = tuple(str(label) for label in range(layout.num_classes))
+    if len(names) != layout.num_classes:
+        raise DamagedDataError(
+            f"{every[0]}: {layout.label} has {len(names)} classes, want {layout.num_classes}"
+        )
+    sha256 = fingerprint(every)
+    images = tuple(load_split(files, layout, f"{sha256} {split}") for split, files in found.items())
+    return Stored(images, sha256, names)
+
+
+def load_split(files: list[Path], layout: Layout, content: str) -> Images:
+    """Decode the files of one split, or map them if cached; ``content`` tells what is in them."""
+    assert layout.size is not None
+    shape = (sum(count_rows(file) for file in files), 3, layout.size, layout.size)
+    key = hashlib.sha256(repr((cache.VERSION, content, layout)).encode()).hexdigest()
+    pixels, labels = cache.cached(key, shape, lambda: decode_files(files, layout, shape))
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def decode_files(files: list[Path], layout: Layout, shape: tuple[int, ...]) -> cache.Arrays:
+    """Decode all rows to pixels (N, 3, size, size) and labels (N,)."""
+    pixels, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int64)
+    end = 0
+    for file in files:
+        for rows in read_rows(file, layout):
+            start, end = end, end + len(rows.labels)
+            labels[start:end] = rows.labels
+            for i, picture in enumerate(decode_rows(rows, layout)):
+                pixels[start + i] = picture.pixels
+    assert end == len(labels)
+    return pixels, labels
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """List the files of a split by name.
+
+    Raises:
+        DamagedDataError: There is no such folder, no such split, or a shard is missing.
+    """
+    if not folder.is_dir():
+        raise DamagedDataError(
+            f"data folder {folder} does not exist; set ROBUST_MOE_DATA or dataset.path, or see "
+            "python -m pipeline.data_tool --help for how to fetch or import data"
+        )
+    pattern = f"{split}-*.parquet"
+    if not (files := sorted(folder.glob(pattern))):
+        there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
+        raise DamagedDataError(
+            f"no {split} split in {folder}: looked for {pattern}, found "
+            + (", ".join(there[:8]) or "no parquet files")
+        )
+    shards = [re.search(r"-(\d{5})-of-(\d{5})", file.name) for file in files]
+    numbers = [(int(shard[1]), int(shard[2])) for shard in shards if shard]
+    if numbers and numbers != [(i, len(files)) for i in range(len(files))]:
+        listed = ", ".join(file.name for file in files[:8])
+        raise DamagedDataError(f"{folder}: shards of {split} are missing or mixed up: {listed}")
+    return files
+
+
+def find_splits(folder: Path) -> list[str]:
+    """List the splits that a folder holds, train first."""
+    names = {file.name.split("-")[0] for file in folder.glob("*-*.parquet")}
+    return sorted(names, key=lambda name: (name != "train", name))
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Hash the bytes of files, in the order of their names."""
+    sha256 = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                sha256.update(block)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def open_parquet(file: Path) -> Iterator[Any]:
+    """Open a file, and turn what Arrow says of damage into one line that names it."""
+    try:
+        if not file.stat().st_size:
+            raise DamagedDataError(f"{file} is empty: 0 bytes")
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            if not opened.metadata.num_rows:
+                raise DamagedDataError(f"{file} is empty: 0 rows")
+            yield opened
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        raise DamagedDataError(
+            f"{file} is not a readable parquet file: {one_line(error)}"
+        ) from error
+
+
+def count_rows(file: Path) -> int:
+    """Read the number of rows from a file's footer."""
+    with open_parquet(file) as opened:
+        return int(opened.metadata.num_rows)
+
+
+def class_names(file: Path, label: str) -> tuple[str, ...]:
+    """Read the names of a label's classes from what ``datasets`` wrote; empty if there are none."""
+    with open_parquet(file) as opened:
+        metadata = (opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        return tuple(json.loads(metadata)["info"]["features"][label]["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a file, still encoded; ``first`` is the position of the first of them."""
+
+    file: Path
+    first: int
+    data: list[bytes]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded image (3, H, W), and the mode it was stored in."""
+
+    pixels: NDArray[np.uint8]
+    mode: str
+
+
+def read_rows(file: Path, layout: Layout) -> Iterator[Rows]:
+    """Stream through a file without holding more than some of its rows.
+
+    Raises:
+        DamagedDataError: A column or a value is missing, or not as it should be.
+    """
+    with open_parquet(file) as opened:
+        image = check_columns(file, opened.schema_arrow, layout.label)
+        first, promised = 0, opened.metadata.num_rows
+        for batch in opened.iter_batches(ROWS, columns=[image, layout.label]):
+            labels = check_labels(file, first, batch.column(layout.label), layout.num_classes)
+            pictures = batch.column(image)
+            if pa.types.is_struct(pictures.type):
+                names = [field.name for field in pictures.type]
+                pictures = pictures.flatten()[names.index("bytes")]
+            data = pictures.to_pylist()
+            if None in data:
+                row = first + data.index(None)
+                raise DamagedDataError(f"{file}: row {row}: {image} holds no bytes")
+            if first + len(data) <= promised:
+                yield Rows(file, first, data, labels)
+            first += len(data)
+        if first != promised:
+            raise DamagedDataError(f"{file}: has {first} rows, but its footer says {promised}")
+
+
+def check_columns(file: Path, schema: Any, label: str) -> str:
+    """Return the name of the image column, after a look at the types of both columns."""
+    images = [name for name in IMAGE_COLUMNS if name in schema.names]
+    if not images or label not in schema.names:
+        wanted = f"{' or '.join(IMAGE_COLUMNS)} and {label}"
+        raise DamagedDataError(f"{file}: has the columns {', '.join(schema.names)}; want {wanted}")
+    kind = schema.field(images[0]).type
+    if pa.types.is_struct(kind) and "bytes" in (names := [field.name for field in kind]):
+        kind = kind.field(names.index("bytes")).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DamagedDataError(f"{file}: {images[0]} is {kind}, want struct<bytes: binary, path>")
+    if not pa.types.is_integer(kind := schema.field(label).type):
+        raise DamagedDataError(f"{file}: {label} is {kind}, want an integer")
+    return images[0]
+
+
+def check_labels(file: Path, first: int, column: Any, num_classes: int | None) -> NDArray[np.int64]:
+    """Return labels (N,), each of them there and in range."""
+    if column.null_count:
+        row = first + column.is_null().to_pylist().index(True)
+        raise DamagedDataError(f"{file}: row {row}: the label is null")
+    labels: NDArray[np.int64] = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    wrong = labels < 0
+    if num_classes is not None:
+        wrong |= labels >= num_classes
+    if wrong.any():
+        i = int(wrong.argmax())
+        valid = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
+        raise DamagedDataError(f"{file}: row {first + i}: label must be {valid}, got {labels[i]}")
+    return labels
+
+
+def decode_rows(rows: Rows, layout: Layout) -> Iterator[Picture]:
+    """Decode rows on all cores, in order.
+
+    Raises:
+        DamagedDataError: An image is damaged or not of the right size.
+    """
+
+    def decode(i: int) -> Picture:
+        try:
+            picture = open_picture(rows.data[i])
+            if layout.size is not None and picture.size != (layout.size, layout.size):
+                width, height = picture.size
+                raise ValueError(f"is {width} x {height}, want {layout.size} x {layout.size}")
+            return Picture(to_rgb(picture), picture.mode)
+        except ValueError as error:
+            raise DamagedDataError(f"{rows.file}: row {rows.first + i}: image {error}") from error
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(decode, range(len(rows.data)))

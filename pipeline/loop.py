@@ -1,0 +1,261 @@
+"""The one training loop: every algorithm, with or without Ray, on one worker or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.diagnostics import load
+from pipeline import checkpoint
+from pipeline.config import Config
+from pipeline.data.loading import Splits, augment, epoch_order, to_float
+from pipeline.final import finish
+from pipeline.measures import MEASURES
+from pipeline.measures.judging import judge
+from pipeline.optim import build_optimizers, set_rates
+from pipeline.seeding import Noise, generator_at, seed_of
+from pipeline.session import Session
+from pipeline.state import NonFiniteError, TrainState
+
+KEEP = 2  # newest checkpoints kept beside the best one
+GATE_STEPS = 3  # updates after which a router without a gradient is an error
+COLLAPSED = (
+    0.95  # load of one expert on validation images from which the router counts as collapsed
+)
+
+
+class RouterError(RuntimeError):
+    """The router gets no gradient."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it measured so far: what a checkpoint keeps beside tensors."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    best: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, session: Session, step: int, values: dict[str, float]) -> None:
+        """Keep metrics of an update and send them on."""
+        self.history.append({"step": step, "values": values})
+        session.tell("metrics", step=step, values=values)
+
+
+def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str, float]:  # noqa: B008
+    """Train, select and judge a model; continue where the folder's newest checkpoint ends.
+
+    Works without Ray and MLflow. On one CPU worker a run that was interrupted ends with the same
+    weights as one that was not, bit for bit.
+
+    Args:
+        folder: The run folder: receives ``checkpoints/``, ``plots/`` and ``card.md``.
+        session: Where this worker runs; the default is alone in one process.
+
+    Returns:
+        The metrics of the test split and the cost, by name.
+
+    Raises:
+        NonFiniteError: A loss, gradient, score or adversarial image is not finite.
+        RouterError: The router gets no gradient in the first updates.
+    """
+    if session.world != config.workers:
+        raise ValueError(f"workers must be {session.world}, as started, got {config.workers}")
+    splits = config.dataset.load(config.seed)
+    if len(splits.train) < config.batch_size:
+        raise ValueError(
+            f"batch_size must be at most the {len(splits.train)} training images, "
+            f"got {config.batch_size}"
+        )
+    torch.manual_seed(seed_of(config.seed, "weights") % 2**63)
+    state = TrainState(checkpoint.build_model(config).to(session.device), {}, session.average)
+    state.optimizers = build_optimizers(config, state)
+    progress = resume(config, folder, session, state)
+    while progress.epoch < config.epochs:
+        train_epoch(config, folder, session, state, splits, progress)
+    return finish(config, folder, session, splits, progress.history)
+
+
+def resume(config: Config, folder: Path, session: Session, state: TrainState) -> Progress:
+    """Load the newest whole checkpoint, if there is one, and say which were passed over."""
+    found, passed = checkpoint.newest(folder / "checkpoints")
+    for text in passed:
+        session.tell("warning", text=f"{text}; the one before it is used")
+    if found is None:
+        if passed:
+            raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
+        return Progress()
+    saved = checkpoint.load_state(found)
+    checkpoint.load_weights(found, state.model)
+    for group, optimizer in state.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][group])
+    meta = checkpoint.verify(found)
+    progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"])
+    session.tell("resumed", epoch=progress.epoch, step=progress.step, checkpoint=found.name)
+    for row in progress.history:  # whoever follows has them already, unless it was lost with us
+        session.tell("metrics", **row)
+    return progress
+
+
+def train_epoch(
+    config: Config,
+    folder: Path,
+    session: Session,
+    state: TrainState,
+    splits: Splits,
+    progress: Progress,
+) -> None:
+    """Train to the end of the current epoch, validate, save, and advance ``progress``."""
+    steps, began = len(splits.train) // config.batch_size, time.monotonic()
+    first, sums, seen = progress.step, {}, 0  # type: ignore[var-annotated]
+    for step, x_BCHW, y_B in batches(config, session, splits, progress.epoch, first, state):
+        set_rates(config, state, progress.epoch + step / steps)
+        with torch.autocast(
+            session.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        ):
+            losses = config.algorithm.step(state, x_BCHW, y_B)
+        update = progress.epoch * steps + step + 1
+        watched = state.check(update)
+        check_gate(update, watched)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.float()
+        seen += config.batch_size
+        pace = seen / (time.monotonic() - began)
+        left = (config.epochs - progress.epoch) * steps - step - 1
+        session.tell(
+            "progress",
+            epoch=progress.epoch + 1,
+            epochs=config.epochs,
+            step=step + 1,
+            steps=steps,
+            images_per_second=pace,
+            seconds_left=left * config.batch_size / pace,
+            loss=next(iter(watched.values()), 0.0),
+        )
+        progress.step = step + 1
+        if config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps:
+            save(config, folder, session, state, progress, update)
+    means_L = torch.stack([sums[name] for name in sums]) / max(1, progress.step - first)
+    session.average(means_L)
+    values = {f"train/loss_{n}": v for n, v in zip(sums, means_L.tolist(), strict=True)}
+    values["train/images_per_second"] = seen / (time.monotonic() - began)
+    values |= validate(config, session, state, splits)
+    progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
+    progress.record(session, update, values)
+    better = values["val/ra"] > progress.best
+    progress.best = max(progress.best, values["val/ra"])
+    save(config, folder, session, state, progress, update, best=better)
+    session.tell(
+        "epoch",
+        epoch=progress.epoch,
+        epochs=config.epochs,
+        values=values,
+        seconds=(took := time.monotonic() - began),
+        seconds_left=took * (config.epochs - progress.epoch),
+    )
+    session.report({"epoch": progress.epoch, **values})
+
+
+def batches(
+    config: Config, session: Session, splits: Splits, epoch: int, first: int, state: TrainState
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield this worker's part of each batch of an epoch from update ``first`` on.
+
+    Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
+    stop and continue anywhere; they do not depend on the number of workers.
+    """
+    order_N = epoch_order(len(splits.train), config.seed, epoch)
+    size, device = config.batch_size // session.world, session.device
+    for step in range(first, len(splits.train) // config.batch_size):
+        low = step * config.batch_size + session.rank * size
+        rows_B = order_N[low : low + size]
+        draws = generator_at(device, config.seed, "update", epoch, step)
+        state.noise = Noise(draws, session.rank, session.world)
+        x_BCHW = augment(
+            to_float(splits.train.pixels_NCHW[rows_B].to(device)),
+            pad=config.dataset.pad,
+            flip=config.dataset.flip,
+            generator=draws,
+            rank=session.rank,
+            world=session.world,
+        )
+        y_B = splits.train.labels_N[rows_B].to(device)
+        yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
+
+
+def check_gate(update: int, watched: dict[str, float]) -> None:
+    """Refuse a router that gets no gradient: it would never train.
+
+    Raises:
+        RouterError: At one of the first updates the gradient of the router is exactly zero.
+    """
+    if update <= GATE_STEPS and watched.get("gradient norm of router", 1.0) == 0.0:
+        raise RouterError(f"step {update}: the router gets no gradient, so it cannot train")
+
+
+def validate(
+    config: Config, session: Session, state: TrainState, splits: Splits
+) -> dict[str, float]:
+    """Measure SA and RA on the validation split; warn of a collapsed router."""
+    attack = config.evaluation.attack(config.evaluation.validation_steps)
+    verdicts = judge(
+        state.model,
+        splits.validation,
+        {name: MEASURES[kind](attack=attack) for name, kind in (("sa", "sa"), ("ra", "ra_pgd"))},
+        seed=seed_of(config.seed, "validation"),
+        device=session.device,
+        rank=session.rank,
+        world=session.world,
+        total=session.total,
+    )
+    values = {f"val/{name}": float(hits.float().mean()) for name, hits in verdicts.correct.items()}
+    experts = config.backbone.num_experts
+    if experts > 1:
+        share_E = load(verdicts.route, experts)
+        values["val/max_load"] = float(share_E.max())
+        if values["val/max_load"] > COLLAPSED:
+            text = (
+                f"the router sends {values['val/max_load']:.1%} of the validation images to expert "
+                f"{int(share_E.argmax())}: it has collapsed"
+            )
+            session.tell("warning", text=text)
+            session.tell("tag", key="router_collapsed", value="true")
+    return values
+
+
+def save(
+    config: Config,
+    folder: Path,
+    session: Session,
+    state: TrainState,
+    progress: Progress,
+    update: int,
+    best: bool = False,
+) -> None:
+    """Write a checkpoint on rank 0; keep the newest two and the best."""
+    if session.rank == 0:
+        root = folder / "checkpoints"
+        target = root / f"step_{update:08d}"
+        tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
+        meta = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "update": update,
+            "best": progress.best,
+            "history": progress.history,
+        }
+        checkpoint.save(target, config, state.model, tensors, meta)
+        if best:
+            checkpoint.copy(target, root / "best")
+        checkpoint.prune(root, KEEP)
+    session.wait()
+
+
+__all__ = ["NonFiniteError", "RouterError", "fit"]

@@ -1,0 +1,42 @@
+"""Losses on logits.
+
+Shapes: B images, K classes or experts.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_per_image(p_BK: Tensor, q_BK: Tensor) -> Tensor:
+    """``KL(softmax p || softmax q)`` in nats, (B,) from logits (B, K) or (B, L, K).
+
+    Computed in log space in float32 or better, so that it stays finite where probabilities
+    underflow. Several layers' scores (B, L, K) are averaged over L.
+    """
+    log_p = F.log_softmax(p_BK.float() if p_BK.element_size() < 4 else p_BK, -1)
+    log_q = F.log_softmax(q_BK.float() if q_BK.element_size() < 4 else q_BK, -1)
+    per_row = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return per_row.flatten(1).mean(1) if per_row.dim() > 1 else per_row
+
+
+def kl(p_BK: Tensor, q_BK: Tensor) -> Tensor:
+    """Mean over the batch of ``kl_per_image``."""
+    return kl_per_image(p_BK, q_BK).mean()
+
+
+def cross_entropy_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """Cross-entropy in nats, (B,); for (B, L, K) the mean over L, every layer with target y."""
+    if logits_BK.dim() == 2:
+        return F.cross_entropy(logits_BK, y_B, reduction="none")
+    y_BL = y_B[:, None].expand(logits_BK.shape[:2]) if y_B.dim() == 1 else y_B
+    return F.cross_entropy(logits_BK.movedim(2, 1), y_BL, reduction="none").mean(1)
+
+
+def margin_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """``max_{k != y} z_k - z_y``, (B,): positive where the image is misclassified.
+
+    The loss of Carlini and Wagner, S&P 2017 (arXiv:1608.04644), eq. 6 without its constant.
+    """
+    own_B = logits_BK.gather(1, y_B[:, None]).squeeze(1)
+    others_BK = logits_BK.scatter(1, y_B[:, None], float("-inf"))
+    return others_BK.amax(1) - own_B

@@ -1,0 +1,61 @@
+"""Optimizers and learning-rate schedules, one of each per parameter group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim import Optimizer
+
+from pipeline.config import Config
+from pipeline.state import GROUPS, TrainState
+
+
+def build_optimizers(config: Config, state: TrainState) -> dict[str, Optimizer]:
+    """Make an optimizer for each group that has parameters."""
+    optimizers: dict[str, Optimizer] = {}
+    for group in GROUPS:
+        if not (parameters := state.parameters(group)):
+            continue
+        rate = peak(config, group)
+        if config.optimizer == "adam":
+            optimizers[group] = torch.optim.Adam(
+                parameters, lr=rate, weight_decay=config.weight_decay
+            )
+        else:
+            optimizers[group] = torch.optim.SGD(
+                parameters, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+    return optimizers
+
+
+def peak(config: Config, group: str) -> float:
+    """Peak rate of a group."""
+    if group == "router" and config.router_lr is not None:
+        return config.router_lr
+    return config.lr
+
+
+def rate(config: Config, group: str, epoch: float) -> float:
+    """Learning rate of a group at a point of the run, in epochs from its start.
+
+    ``cosine``: ``peak (1 + cos(pi t)) / 2``; ``cyclic``: linear to the peak at t = 2/5, then linear
+    to zero (Wong et al., ICLR 2020, arXiv:2001.03994); t runs from 0 to 1 after the warm-up.
+    """
+    top = peak(config, group)
+    if epoch < config.warmup_epochs:
+        return top * epoch / config.warmup_epochs
+    t = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+    schedule = config.schedule if group == "experts" else config.router_schedule
+    if schedule == "cosine":
+        return top * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "cyclic":
+        return top * (t / 0.4 if t < 0.4 else (1 - t) / 0.6)
+    return top
+
+
+def set_rates(config: Config, state: TrainState, epoch: float) -> None:
+    """Give every optimizer its rate for the next update."""
+    for group, optimizer in state.optimizers.items():
+        for settings in optimizer.param_groups:
+            settings["lr"] = rate(config, group, epoch)

@@ -1,0 +1,70 @@
+"""Named runs. Each is a function whose docstring is its lab label: paper, command, expectation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moe.backbones.resnet import ResNet18
+from moe.backbones.small import Small
+from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.attacks.pgd import PGD
+from pipeline.config import Config
+from pipeline.data.cifar import Cifar10
+from pipeline.data.digits import Digits
+from pipeline.measures import Evaluation
+
+
+def quickstart() -> Config:
+    """AdvMoE on scikit-learn's digits, two workers, no download.
+
+    ``python -m pipeline.train``. Ours, from no paper: it shows that everything works.
+    """
+    attack = PGD(eps=0.1, step_size=0.06, steps=2, start="gaussian")
+    return Config(
+        name="quickstart",
+        dataset=Digits(),
+        backbone=Small(),
+        algorithm=AdvMoE(router_loss="pseudo_label", attack=attack),
+        evaluation=Evaluation(eps=0.1, step_size=0.025, steps=50),
+        epochs=12,
+        batch_size=64,
+        workers=2,
+        lr=0.05,
+    )
+
+
+def adv_moe_cifar10_small() -> Config:
+    """AdvMoE on CIFAR-10 with a small backbone: the main job at a laptop's size.
+
+    ``python -m pipeline.train adv_moe_cifar10_small workers=2``. Ours, from no paper.
+    """
+    return Config(
+        name="adv_moe_cifar10_small",
+        dataset=Cifar10(),
+        backbone=Small(),
+        algorithm=AdvMoE(router_loss="pseudo_label"),
+        epochs=12,
+        batch_size=128,
+        lr=0.05,
+        schedule="cyclic",
+        router_schedule="cyclic",
+    )
+
+
+def adv_moe_cifar10_resnet18() -> Config:
+    """AdvMoE on CIFAR-10 with ResNet-18, two experts of half the width (arXiv:2308.10110).
+
+    ``python -m pipeline.train adv_moe_cifar10_resnet18``. The settings of the released code:
+    SGD 0.1, cosine, 100 epochs, batch 128, 2 attack steps of 5/255. The paper claims 1 to 4 points
+    more robust accuracy than the dense net at less than half its cost; its table could not be had.
+    Not run to the end by us: about 2.2 s an update on 2 CPU cores.
+    """
+    return Config(
+        name="adv_moe_cifar10_resnet18", dataset=Cifar10(), backbone=ResNet18(), algorithm=AdvMoE()
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset
+    for preset in (quickstart, adv_moe_cifar10_small, adv_moe_cifar10_resnet18)
+}

@@ -1,0 +1,321 @@
+"""Train one model: ``python -m pipeline.train [PRESET] [key=value ...]``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.command import ENVIRONMENT, fail, main, read_arguments
+from pipeline.config import Config, flatten, override
+from pipeline.console import Follower
+from pipeline.presets import PRESETS
+from pipeline.tracking import Tracker
+
+USAGE = """
+usage: python -m pipeline.train [PRESET] [key=value ...] [--fresh] [--list] [--help]
+
+Train, select and judge one model on Ray Train, and track it in MLflow. Without a preset:
+quickstart. The same command continues a run that did not finish.
+
+  key=value  a dotted setting: epochs=3 algorithm.beta=3 algorithm.attack.eps=4/255
+  --fresh    begin anew; what an earlier run of these settings left is kept under another name
+  --list     the presets
+
+Settings and their defaults: python -m pipeline.train --list PRESET
+"""
+POLL = 0.3  # seconds between two looks into the mailbox
+
+
+def run(argv: list[str]) -> int:
+    """Read the command line, then train; returns the exit code."""
+    given = read_arguments(argv, usage=USAGE, flags=("--fresh", "--list"))
+    if "--list" in given.flags:
+        return show_presets(given.names)
+    name = given.names[0] if given.names else "quickstart"
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
+    config = override(PRESETS[name](), given.settings)
+    return train(config, fresh="--fresh" in given.flags)
+
+
+def show_presets(names: tuple[str, ...]) -> int:
+    """Print the presets, or the label and all settings of one."""
+    for name in names or PRESETS:
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
+        label = (PRESETS[name].__doc__ or "").strip()
+        print(f"{name}\n    {label if names else label.splitlines()[0]}\n")
+        if names:
+            print("\n".join(f"    {k}={v}" for k, v in flatten(PRESETS[name]()).items()))
+    return 0
+
+
+def run_folder(config: Config) -> Path:
+    """Name the folder of a run: its name and its fingerprint are its identity."""
+    root = Path(config.storage).expanduser().resolve() / config.experiment
+    return root / f"{config.name}-{config.fingerprint[:8]}"
+
+
+def train(config: Config, *, fresh: bool = False, follower: Follower | None = None) -> int:
+    """Train a config to its end, or continue it; returns the exit code."""
+    if "://" in config.storage:
+        raise ValueError(f"storage must be a folder that all workers see, got {config.storage!r}")
+    follower = follower or Follower()
+    folder = run_folder(config)
+    if fresh and folder.exists():
+        old = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(old)
+        follower.say(f"the earlier run is kept in {shown(old)}")
+    if (result := folder / "result.json").is_file():
+        return show_finished(config, follower, json.loads(result.read_text()))
+    try:
+        splits = config.dataset.load(config.seed)  # bad data ends the run before Ray starts
+    except ValueError as error:
+        return fail(str(error), 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    follower.say(
+        f"{config.name}: {len(splits.train)} training, {len(splits.validation)} validation, "
+        f"{len(splits.test)} test images; {config.workers} worker(s); run folder {shown(folder)}"
+    )
+    tracker = Tracker.open(
+        folder,
+        tracking_uri=config.tracking_uri,
+        experiment=config.experiment,
+        name=config.name,
+        params={key: str(value) for key, value in flatten(config).items()},
+        tags={
+            "commit": commit(),
+            "fingerprint": config.fingerprint,
+            "dataset_sha256": splits.sha256,
+            "run_folder": str(folder),
+        },
+    )
+    return follow(config, folder, tracker, follower)
+
+
+def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -> int:
+    """Run the workers, pass their events on, and end the MLflow run with the right status."""
+    ending: dict[str, Any] = {}
+    status = "failed"
+    try:
+        with stoppable():
+            ending = fit_on_ray(config, folder, tracker, follower)
+        if "metrics" in ending:
+            log_model(config, folder, tracker)
+            write_result(folder, ending["metrics"], tracker)
+            status = "finished"
+    except (KeyboardInterrupt, SystemExit):
+        status = "preempted"
+        ending = {"text": "stopped; the same command continues from the last checkpoint"}
+    except Exception as error:
+        ending = {"text": root_cause(error)}
+    finally:
+        follower.close()
+        sent = tracker.close(status)
+    if not sent:
+        follower.say("warning: MLflow does not have everything yet; the same command sends it")
+    if status != "finished":
+        return fail(ending.get("text", "the workers ended without a result"), 1)
+    follower.results(config.name, ending["metrics"])
+    follower.say(f"run {tracker.run_id}; run folder {shown(folder)}")
+    follower.say(f"see it with: {tracker.ui_hint()}")
+    return 0
+
+
+def fit_on_ray(
+    config: Config, folder: Path, tracker: Tracker, follower: Follower
+) -> dict[str, Any]:
+    """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.worker import Mailbox, work
+
+    ending: dict[str, Any] = {}
+
+    def handle(event: Mapping[str, Any]) -> None:
+        if event["kind"] in ("finished", "failed"):
+            ending.update(event)
+        tracker.handle(event)
+        follower.handle(event)
+
+    with ray_cluster(config):
+        gpus = ray.cluster_resources().get("GPU", 0) >= config.workers
+        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={
+                "config": flatten(config),
+                "folder": str(folder),
+                "mailbox": mailbox,
+            },
+            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+            run_config=RunConfig(
+                # a name of its own each time: our checkpoints decide where the run goes on
+                name=f"{folder.name}-{int(time.time())}",
+                storage_path=str(folder / "ray"),
+                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        with delivering(mailbox, handle):
+            trainer.fit()
+    return ending
+
+
+@contextmanager
+def ray_cluster(config: Config) -> Iterator[None]:
+    """Join the cluster of ``RAY_ADDRESS``, or start a Ray of our own that ends with the block.
+
+    Raises:
+        ValueError: The cluster has fewer CPUs than the run has workers.
+    """
+    import ray
+
+    keys = [k for k in ENVIRONMENT if k.startswith("RAY_TRAIN")]
+    passed = {k: os.environ[k] for k in keys if k in os.environ}
+    for key in ("ROBUST_MOE_DATA", "ROBUST_MOE_CACHE"):
+        if key in os.environ:
+            passed[key] = str(Path(os.environ[key]).expanduser().resolve())
+    passed.setdefault("ROBUST_MOE_DATA", str(Path("data").resolve()))
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": passed},
+        log_to_driver=False,
+        logging_level="ERROR",
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+    try:
+        if (cpus := ray.cluster_resources().get("CPU", 0)) < config.workers:
+            raise ValueError(
+                f"workers must be at most the cluster's {cpus:.0f} CPUs, got {config.workers}"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def delivering(mailbox: Any, handle: Any) -> Iterator[None]:
+    """Hand the mailbox's events on from a thread, to the last one."""
+    import ray
+
+    over = threading.Event()
+
+    def deliver() -> None:
+        while True:
+            last = over.is_set()
+            try:
+                events = ray.get(mailbox.take.remote(), timeout=30)
+            except Exception:
+                return  # the cluster is gone, and the run ends with the error that says why
+            for event in events:
+                handle(event)
+            if last:
+                return
+            over.wait(POLL)
+
+    thread = threading.Thread(target=deliver, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=40)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Make SIGTERM end the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def log_model(config: Config, folder: Path, tracker: Tracker) -> None:
+    """Log the best model to MLflow in its exportable form, with its signature."""
+    import torch
+
+    from moe.export import exportable
+    from pipeline.checkpoint import load_model
+
+    model = exportable(load_model(folder / "checkpoints" / "best"))
+    size = config.dataset.image_size
+    generator = torch.Generator().manual_seed(config.seed)
+    tracker.log_model(model, torch.rand(4, 3, size, size, generator=generator).numpy())
+
+
+def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker) -> None:
+    """Mark a run as finished: the file appears whole, and last."""
+    text = json.dumps(
+        {"metrics": metrics, "run_id": tracker.run_id, "ui": tracker.ui_hint()}, indent=2
+    )
+    draft = folder / ".result.json"
+    draft.write_text(text + "\n")
+    draft.replace(folder / "result.json")
+
+
+def show_finished(config: Config, follower: Follower, result: Mapping[str, Any]) -> int:
+    """Say that a run is finished, and show its table again."""
+    follower.results(config.name, result["metrics"])
+    follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
+    follower.say(f"see it with: {result['ui']}")
+    return 0
+
+
+def root_cause(error: BaseException) -> str:
+    """Say in one line why Ray Train gave up."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
+
+
+def commit() -> str:
+    """Name the commit of the code, with ``-dirty`` where it was changed since."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def shown(path: Path) -> str:
+    """Shorten a path that lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
