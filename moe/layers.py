@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.routing import Route, Routing
+from moe.routing import Route, Routing, at_least_float32
 
 
 class _SortedConv(torch.autograd.Function):
@@ -117,14 +117,18 @@ def sorted_conv2d(
 
 
 class LinearGate(nn.Module):
-    """Scores (B, E) of one layer's experts from its own input: average pooling, one linear map."""
+    """Scores (B, E) of one layer's experts from its own input: average pooling, one linear map.
+
+    Normalized over the batch for the reason given in ``moe.routers.ImageRouter``.
+    """
 
     def __init__(self, channels: int, num_experts: int):
         super().__init__()
         self.linear = nn.Linear(channels, num_experts)
+        self.balance = nn.BatchNorm1d(num_experts, affine=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        scores_BE: Tensor = self.linear(x_BCHW.mean((2, 3)))
+        scores_BE: Tensor = self.balance(at_least_float32(self.linear(x_BCHW.mean((2, 3)))))
         return scores_BE
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.normalize import Normalize
-from moe.routing import Route, Routed, Routing
+from moe.routing import Route, Routed, Routing, at_least_float32
 
 PIECE = 32  # images that one expert runs end to end at a time on a CPU: activations stay in cache
 
@@ -59,11 +59,19 @@ class Network(nn.Module):
         """Classify along a given route, (B,) or (B, L) as in ``Routed``; return logits (B, K).
 
         The router is left out: no gradient reaches the image through it.
+
+        Raises:
+            ValueError: The route has another shape, or names an expert that is not there.
         """
+        want = (len(x_BCHW), self.num_layers) if self.num_layers else (len(x_BCHW),)
+        if route.shape != want:
+            raise ValueError(f"route has shape {tuple(route.shape)}, want {want}")
+        for expert in route.aminmax() if route.numel() else ():
+            if not 0 <= expert < self.num_experts:
+                last = self.num_experts - 1
+                raise ValueError(f"route names expert {int(expert)}, valid are 0 to {last}")
         x_BCHW = self.normalize(x_BCHW)
         if self.num_layers:
-            if route.shape != (want := (len(x_BCHW), self.num_layers)):
-                raise ValueError(f"route has shape {tuple(route.shape)}, want {want}")
             logits_BK: Tensor = self.body(x_BCHW, Routing(gate_gradient=False, fixed_BL=route))
             return logits_BK
         scores_BE = x_BCHW.new_zeros(len(x_BCHW), self.num_experts)
@@ -81,7 +89,7 @@ class Network(nn.Module):
         if self.router is None:
             return x_BCHW.new_zeros(len(x_BCHW), 1)
         scores_BE: Tensor = self.router(x_BCHW)
-        return scores_BE.float()
+        return at_least_float32(scores_BE)
 
     def _follow(self, x_BCHW: Tensor, route: Route) -> Tensor:
         x_BCHW = x_BCHW[route.order_B] if len(route.counts) > 1 else x_BCHW

@@ -40,6 +40,11 @@ class ImageRouter(nn.Module):
     parameters for 2 experts, 0.0406 GMAC at 32 px. Larger images are averaged down to
     ``max_side``, so that the router's cost does not grow with them.
 
+    Ours: scores are normalized over the batch, without parameters (running statistics in eval
+    mode). The straight-through gradient reaches the chosen score alone, so whichever expert is
+    ahead at the start stays ahead: without this the ``trades`` router loss sent every image of
+    digits to one expert in each setting that we tried.
+
     Args:
         num_experts: E.
         blocks, widths: Residual blocks a stage, and the width of each stage.
@@ -64,11 +69,12 @@ class ImageRouter(nn.Module):
                 channels = width
         self.blocks = nn.Sequential(*stages)
         self.head = nn.Linear(channels, num_experts)
+        self.balance = nn.BatchNorm1d(num_experts, affine=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map normalized images to scores (B, E)."""
         if max(x_BCHW.shape[2:]) > self.max_side:
             x_BCHW = F.adaptive_avg_pool2d(x_BCHW, self.max_side)
         y_BCHW = self.blocks(F.relu(self.stem(x_BCHW, NOWHERE), inplace=True))
-        scores_BE: Tensor = self.head(y_BCHW.mean((2, 3)))
+        scores_BE: Tensor = self.balance(self.head(y_BCHW.mean((2, 3))))
         return scores_BE

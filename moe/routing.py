@@ -27,6 +27,11 @@ class Routed(NamedTuple):
     route: Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen bf16 and fp16 to float32; float64 keeps its precision."""
+    return x.float() if x.element_size() < 4 else x
+
+
 def straight_through_top1(scores_BE: Tensor) -> Tensor:
     """Turn scores into one-hot gates (B, E) that pass a gradient to the chosen score only.
 

@@ -41,7 +41,7 @@ class MaskedConv2d(MoEConv2d):
         """Map features (B, C, H, W) to (B, D, P, Q)."""
         gates_BE = self._gates(x_BCHW, routing)
         y_BFPQ = F.conv2d(x_BCHW, self.weight_FCRR, None, self.stride, self.padding)
-        y_BEDPQ = y_BFPQ.unflatten(1, (self.num_experts, -1))
+        y_BEDPQ = y_BFPQ.view(len(y_BFPQ), self.num_experts, -1, *y_BFPQ.shape[2:])
         return (y_BEDPQ * gates_BE[:, :, None, None, None]).sum(1)
 
     def _gates(self, x_BCHW: Tensor, routing: Routing) -> Tensor:

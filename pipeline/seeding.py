@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,11 +58,13 @@ class Noise:
 class ImageNoise:
     """Random numbers for evaluation: each image's follow from its index in the data set alone.
 
-    An image gets the same start in any batch, order and shard.
+    An image gets the same starts in any batch, order and shard; each draw is a new one, so that
+    restarts differ. Every measure begins with a source of its own.
     """
 
     seed: int
     index_B: Tensor
+    turns: Iterator[int] = field(default_factory=itertools.count)
 
     def uniform(self, x_BCHW: Tensor) -> Tensor:
         """Numbers in [-1, 1), shaped like the images."""
@@ -72,8 +76,9 @@ class ImageNoise:
 
     def _each(self, draw: object, x_BCHW: Tensor) -> Tensor:
         assert callable(draw)
+        turn, shape = next(self.turns), x_BCHW.shape[1:]
         rows = [
-            draw(x_BCHW.shape[1:], generator=generator_at("cpu", self.seed, "image", index))
+            draw(shape, generator=generator_at("cpu", self.seed, "image", index, turn))
             for index in self.index_B.tolist()
         ]
         return torch.stack(rows).to(x_BCHW.device) if rows else x_BCHW.clone()

@@ -66,12 +66,14 @@ class TrainState:
         resting = [p for other in GROUPS if other != group for p in self.parameters(other)]
         norms = [m for m in self.model.body.modules() if isinstance(m, nn.BatchNorm2d)]
         self.model.train()
-        if self.model.router is not None:
-            self.model.router.train(group == "router")
+        for name, module in self.model.named_modules():
+            if name == "router" or name.endswith(".gate"):
+                module.train(group == "router")
         for parameter in resting:
             parameter.requires_grad_(False)
         for norm in norms:
             norm.track_running_stats = group == "experts"
+        self.model.gate_gradient = group == "router"
         try:
             yield self.model
         finally:
@@ -79,6 +81,7 @@ class TrainState:
                 parameter.requires_grad_(True)
             for norm in norms:
                 norm.track_running_stats = True
+            self.model.gate_gradient = True
             self.model.train()
 
     def perturb(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
+EVALUATED = "evaluated"  # tag of runs that judge another run again
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 RESULTS = ("config.json", "card.md", "plots", "checkpoints/best")  # what a run folder uploads
 
@@ -347,13 +348,10 @@ def download(
         ValueError: There is no such database, experiment, run or artifact.
         ConnectionError: The server does not answer.
     """
+    run_id = resolve_run(tracking_uri, run, experiment)
     uri = resolve_uri(tracking_uri)
-    shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        raise ValueError(f"no tracking database {shown}")
     try:
         client = mlflow_client()(uri)
-        run_id = find_run(client, run, experiment, shown)
         parent = Path(artifact).parent.as_posix()
         there = [
             file.path for file in client.list_artifacts(run_id, "" if parent == "." else parent)
@@ -363,6 +361,27 @@ def download(
             raise ValueError(f"run {run_id} has no artifact {artifact!r}, only {known}")
         destination.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, artifact, str(destination)))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ConnectionError(
+            f"MLflow at {without_password(uri)}: {type(error).__name__}"
+        ) from error
+
+
+def resolve_run(tracking_uri: str, run: str, experiment: str) -> str:
+    """Return the id of a run: itself, or for "latest" that of the training run that ended last.
+
+    Raises:
+        ValueError: There is no such database, experiment or run.
+        ConnectionError: The server does not answer.
+    """
+    uri = resolve_uri(tracking_uri)
+    shown = without_password(uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise ValueError(f"no tracking database {shown}")
+    try:
+        return find_run(mlflow_client()(uri), run, experiment, shown)
     except ValueError:
         raise
     except Exception as error:
@@ -378,8 +397,9 @@ def find_run(client: Any, run: str, experiment: str, shown: str) -> str:
         raise ValueError(f"no experiment {experiment!r} in {shown}")
     finished = "attributes.status = 'FINISHED'" if run == "latest" else ""
     newest = client.search_runs(
-        [record.experiment_id], finished, max_results=5, order_by=["attributes.end_time DESC"]
+        [record.experiment_id], finished, max_results=50, order_by=["attributes.end_time DESC"]
     )
+    newest = [found for found in newest if EVALUATED not in found.data.tags][:5]
     if run == "latest" and newest:
         return str(newest[0].info.run_id)
     what = "no finished run" if run == "latest" else f"no run {run!r}"

@@ -18,7 +18,7 @@ from pipeline.command import ENVIRONMENT, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
 from pipeline.presets import PRESETS
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, send_rest
 
 USAGE = """
 usage: python -m pipeline.train [PRESET] [key=value ...] [--fresh] [--list] [--help]
@@ -76,6 +76,7 @@ def train(config: Config, *, fresh: bool = False, follower: Follower | None = No
         folder.rename(old)
         follower.say(f"the earlier run is kept in {shown(old)}")
     if (result := folder / "result.json").is_file():
+        send_rest(folder, config.tracking_uri)
         return show_finished(config, follower, json.loads(result.read_text()))
     try:
         splits = config.dataset.load(config.seed)  # bad data ends the run before Ray starts

@@ -15,7 +15,7 @@ from moe.backbones.parts import BasicBlock, assemble, check, mixture, plain, sca
 from moe.layers import ConvNorm
 from moe.network import Network
 from moe.routers import ImageRouter
-from moe.routing import Routing
+from moe.routing import Routing, at_least_float32
 
 
 class ResidualBody(nn.Module):
@@ -36,7 +36,7 @@ class ResidualBody(nn.Module):
         for block in self.blocks:
             x_BCHW = block(x_BCHW, routing)
         logits_BK: Tensor = self.head(x_BCHW.mean((2, 3)))
-        return logits_BK.float()
+        return at_least_float32(logits_BK)
 
 
 @dataclass(frozen=True, kw_only=True)

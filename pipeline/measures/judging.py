@@ -82,12 +82,11 @@ def judge(
         rows_B = mine_N[done : done + BATCH]
         x_BCHW = to_float(images.pixels_NCHW[rows_B].to(device))
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        y_B, noise = images.labels_N[rows_B].to(device), ImageNoise(seed, rows_B)
-        attacked_yet = False
+        y_B, attacked_yet = images.labels_N[rows_B].to(device), False
         with torch.no_grad():
             routes[0][rows_B] = frozen(x_BCHW).route.cpu()
         for name, measure in measures.items():
-            outcome = measure(frozen, x_BCHW, y_B, noise)
+            outcome = measure(frozen, x_BCHW, y_B, ImageNoise(seed, rows_B))
             correct[name][rows_B] = outcome.correct_B.long().cpu()
             if name != "sa" and not attacked_yet:
                 attacked_yet = True

@@ -1,0 +1,88 @@
+"""A model as one traceable graph: pixels to logits, for ``torch.export`` and for serving.
+
+Shapes: B images, C channels in, D channels out, E experts, R kernel side, HW and PQ image sides,
+K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.folding import fold
+from moe.layers import ConvNorm, MoEConv2d
+from moe.network import Network
+
+
+def exportable(model: Network) -> nn.Module:
+    """Copy a model as a module that maps pixels (B, 3, H, W) in [0, 1] to logits (B, K) alone.
+
+    Sorting a batch by expert asks the host how many images each expert has, which no traced graph
+    can. Here every mixture convolution gathers the filters of each image's expert and runs them
+    as one convolution of B groups: the same hard routing and the same multiply-accumulates, in a
+    graph whose batch size stays free. It holds B sets of filters at a time, so it is meant for
+    single images and small batches; ``moe.folding.fold`` is the copy for large ones.
+
+    The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
+    """
+    folded = copy.deepcopy(fold(model))
+    return _Classifier(folded, _gathered(folded.body)).eval()
+
+
+class _Classifier(nn.Module):
+    """Normalize, choose each image's expert where one route serves the network, classify."""
+
+    def __init__(self, folded: Network, body: nn.Module):
+        super().__init__()
+        self.normalize, self.router, self.body = folded.normalize, folded.router, body
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.normalize(x_BCHW)
+        chosen_B = None if self.router is None else self.router(x_BCHW).argmax(1)
+        logits_BK: Tensor = self.body(x_BCHW, chosen_B)
+        return logits_BK
+
+
+class _GatheredConv(nn.Module):
+    """A folded mixture convolution that runs each image's expert in a group of its own.
+
+    ``chosen_B`` takes the place of the routing that the layers of a ``Network`` hand on.
+    """
+
+    def __init__(self, conv: MoEConv2d):
+        super().__init__()
+        assert conv.bias_D is not None, "only a folded layer has a bias"
+        self.stride, self.padding, self.gate = conv.stride, conv.padding, conv.gate
+        filters = conv.weight_FCRR.shape[1:]
+        weight_EDCRR = conv.weight_FCRR.view(conv.num_experts, -1, *filters)
+        self.register_buffer("weight_EDCRR", weight_EDCRR.contiguous())
+        self.register_buffer("bias_D", conv.bias_D)
+        self.weight_EDCRR: Tensor
+        self.bias_D: Tensor
+
+    def forward(self, x_BCHW: Tensor, chosen_B: Tensor | None) -> Tensor:
+        if len(self.weight_EDCRR) == 1:
+            return F.conv2d(x_BCHW, self.weight_EDCRR[0], self.bias_D, self.stride, self.padding)
+        if self.gate is not None:
+            chosen_B = self.gate(x_BCHW).argmax(1)
+        images, _, height, width = x_BCHW.shape  # len(x_BCHW) would fix the traced batch size
+        y_1FPQ = F.conv2d(
+            x_BCHW.reshape(1, -1, height, width),
+            self.weight_EDCRR[chosen_B].flatten(0, 1),
+            None,
+            self.stride,
+            self.padding,
+            groups=images,
+        )
+        return y_1FPQ.view(images, -1, *y_1FPQ.shape[2:]) + self.bias_D.view(1, -1, 1, 1)
+
+
+def _gathered(module: nn.Module) -> nn.Module:
+    """Replace the mixture convolutions of a folded body, in place; return what replaces it."""
+    if isinstance(module, ConvNorm) and isinstance(module.conv, MoEConv2d):
+        return _GatheredConv(module.conv)
+    for name, child in module.named_children():
+        setattr(module, name, _gathered(child))
+    return module

@@ -1,0 +1,17 @@
+"""Speed of the sparse networks against their masked and dense twins: ``python -m pipeline.bench``.
+
+Every variant of a benchmark does the same mathematics on the same images, and all of them run in
+turn in one process, so that a busy machine slows all of them: read the ratios, not the seconds.
+"""
+
+from collections.abc import Callable
+
+from pipeline.bench.inference import inference
+from pipeline.bench.race import Benchmark
+from pipeline.bench.settings import Settings
+from pipeline.bench.step import step
+
+BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
+    "inference": inference,
+    "step": step,
+}

@@ -1,0 +1,107 @@
+"""Time the sparse networks: ``python -m pipeline.bench [NAME] [key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.bench import BENCHMARKS
+from pipeline.bench.race import Benchmark, Outcome, race
+from pipeline.bench.settings import Settings, read_settings
+from pipeline.command import main, read_arguments
+from pipeline.train import commit
+
+USAGE = """
+usage: python -m pipeline.bench [NAME] [key=value ...] [--list] [--help]
+
+Time the sparse mixture against every expert masked, as published code computes it, and against
+the dense net. All variants do their work in turn, in one process; times are medians over rounds.
+Ratios are medians of each round's own ratio: they stand on a busy machine, seconds do not.
+Without a name: all benchmarks, about two minutes on two cores.
+
+  inference  classify a batch: folded and sorted, masked, dense plain, dense folded
+  step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES
+
+keys and their defaults:
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Read the command line, race, print; returns the exit code."""
+    defaults = "\n".join(f"  {f.name}={getattr(Settings(), f.name)}" for f in fields(Settings))
+    given = read_arguments(argv, usage=USAGE.rstrip() + "\n" + defaults, flags=("--list",))
+    for name in given.names:
+        if name not in BENCHMARKS:
+            raise ValueError(f"no benchmark {name!r}, only {', '.join(BENCHMARKS)}")
+    if "--list" in given.flags:
+        print("\n".join(BENCHMARKS))
+        return 0
+    settings = read_settings(given.settings)
+    console, threads = Console(highlight=False, soft_wrap=True), torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        console.print(conditions(settings), markup=False)
+        for name in given.names or BENCHMARKS:
+            benchmark = BENCHMARKS[name](settings)
+            console.print(f"\n{benchmark.title}", markup=False)
+            outcome = race(benchmark, settings.rounds, lambda text: console.print(f"  {text}"))
+            console.print(table(benchmark, outcome))
+            console.print("\n".join(benchmark.notes()), markup=False)
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def conditions(settings: Settings) -> str:
+    """Say what the figures were taken on and with."""
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else "on the CPU"
+    net = " ".join(
+        f"{key}={getattr(settings, key)}"
+        for key in ("backbone", "num_experts", "ratio", "router_scope", "image_size", "rounds")
+    )
+    return "\n".join(
+        [
+            f"machine   {processor()}, {os.cpu_count()} cores",
+            f"running   {device}, {settings.threads} threads, fp32",
+            f"versions  torch {torch.__version__}, Python {platform.python_version()}",
+            f"commit    {commit()}",
+            f"networks  {net}",
+        ]
+    )
+
+
+def processor() -> str:
+    """Name the CPU."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(benchmark: Benchmark, outcome: Outcome) -> Table:
+    """Show seconds and multiply-accumulates of one call, each beside those of the first variant."""
+    ours = next(iter(benchmark.variants))
+    shown = Table("variant")
+    for column in ("seconds", "ours is", "GMAC", "over ours"):
+        shown.add_column(column, justify="right")
+    for name in benchmark.variants:
+        seconds, gmac = outcome.median(name), outcome.gmac[name]
+        shown.add_row(
+            name,
+            f"{seconds:.3f}",
+            f"{outcome.speedup(ours, name):.2f} x faster",
+            f"{gmac:.2f}",
+            f"{gmac / outcome.gmac[ours]:.2f}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,109 @@
+"""Timing of variants in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Variant(NamedTuple):
+    """One way to do the work: what is timed, and what is done before and not timed."""
+
+    work: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Several ways to do the same work.
+
+    Attributes:
+        title: What is timed.
+        variants: By name.
+        notes: Called after all rounds; lines that say whether the variants agree.
+    """
+
+    title: str
+    variants: Mapping[str, Variant]
+    notes: Callable[[], list[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a race found, by variant.
+
+    Attributes:
+        gmac: 10^9 multiply-accumulates of one call.
+        seconds: One time a round.
+    """
+
+    gmac: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """Median seconds of a variant."""
+        return median(self.seconds[name])
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times faster a variant is than another: median of the rounds' own ratios."""
+        pairs = zip(self.seconds[over], self.seconds[name], strict=True)
+        return median(slow / fast for slow, fast in pairs)
+
+
+def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> Outcome:
+    """Run all variants in turn, round by round; ``tell`` hears which round is on.
+
+    A first round warms up and counts multiply-accumulates, and is not timed.
+    """
+    outcome = Outcome(seconds={name: [] for name in benchmark.variants})
+    tell("warming up")
+    for name, variant in benchmark.variants.items():
+        variant.before()
+        with _Counter() as counter:
+            variant.work()
+        outcome.gmac[name] = counter.flops / 2e9
+    for done in range(rounds):
+        tell(f"round {done + 1} of {rounds}")
+        for name, variant in benchmark.variants.items():
+            variant.before()
+            outcome.seconds[name].append(seconds(variant.work))
+    return outcome
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Time one call, to the end of what it started on a GPU."""
+    began = _now()
+    work()
+    return _now() - began
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _Counter(TorchDispatchMode):
+    """Counts floating-point operations of whatever runs, gradients of images alone included.
+
+    ``FlopCounterMode`` counts the same, but stops at ``torch.autograd.grad``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, kinds: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=found)
+        return found

@@ -1,0 +1,98 @@
+"""Losses against torch.distributions, sums written out, and logits of any size."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from pipeline.losses import cross_entropy_per_image, kl, kl_per_image, margin_per_image
+
+
+def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_kl_is_that_of_torch_distributions() -> None:
+    p_BK, q_BK = logits(50, 7), logits(50, 7, seed=1)
+    wanted_B = kl_divergence(Categorical(logits=p_BK), Categorical(logits=q_BK))
+    torch.testing.assert_close(kl_per_image(p_BK, q_BK), wanted_B, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kl(p_BK, q_BK), wanted_B.mean(), rtol=0, atol=1e-12)
+
+
+def test_kl_measures_the_second_argument_from_the_first() -> None:
+    half, tenth = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.1, 0.9]]).log()
+    wanted = 0.5 * math.log(5) + 0.5 * math.log(5 / 9)
+    assert kl(half, tenth).item() == pytest.approx(wanted, rel=1e-6)
+    assert kl(tenth, half).item() != pytest.approx(wanted, rel=1e-2)
+
+
+def test_kl_of_several_layers_is_their_mean() -> None:
+    p_BLE, q_BLE = logits(6, 4, 3), logits(6, 4, 3, seed=1)
+    layers = [kl_per_image(p_BLE[:, layer], q_BLE[:, layer]) for layer in range(4)]
+    torch.testing.assert_close(kl_per_image(p_BLE, q_BLE), sum(layers) / 4, rtol=0, atol=1e-12)
+
+
+def test_kl_of_a_dense_net_without_scores_is_zero() -> None:
+    assert torch.equal(kl_per_image(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kl_and_its_gradient_stay_finite_where_probabilities_underflow(dtype: torch.dtype) -> None:
+    p_BK = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]], dtype=dtype)
+    q_BK = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 0.0]], dtype=dtype, requires_grad=True)
+    p_BK.requires_grad_()
+    per_image_B = kl_per_image(p_BK, q_BK)
+    per_image_B.sum().backward()
+    assert per_image_B.isfinite().all()
+    assert per_image_B[0].item() == pytest.approx(2e4, rel=1e-2)
+    assert p_BK.grad is not None
+    assert q_BK.grad is not None
+    assert p_BK.grad.isfinite().all()
+    assert q_BK.grad.isfinite().all()
+    assert q_BK.grad.abs().max() > 0
+
+
+def test_gradient_of_kl_is_right_in_both_arguments() -> None:
+    p_BK, q_BK = logits(3, 4).requires_grad_(), logits(3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(kl_per_image, (p_BK, q_BK))
+
+
+def test_cross_entropy_is_the_log_probability_of_the_label() -> None:
+    z_BK, y_B = logits(20, 5), torch.arange(20) % 5
+    wanted_B = -Categorical(logits=z_BK).log_prob(y_B)
+    torch.testing.assert_close(cross_entropy_per_image(z_BK, y_B), wanted_B, rtol=0, atol=1e-12)
+
+
+def test_cross_entropy_of_several_layers_is_their_mean() -> None:
+    z_BLE, y_B = logits(6, 4, 3), torch.arange(6) % 3
+    layers = [cross_entropy_per_image(z_BLE[:, layer], y_B) for layer in range(4)]
+    found_B = cross_entropy_per_image(z_BLE, y_B)
+    torch.testing.assert_close(found_B, sum(layers) / 4, rtol=0, atol=1e-12)
+
+
+def test_cross_entropy_of_several_layers_takes_a_target_for_each() -> None:
+    z_BLE = logits(6, 4, 3)
+    route_BL = torch.arange(24).view(6, 4) % 3
+    layers = [cross_entropy_per_image(z_BLE[:, n], route_BL[:, n]) for n in range(4)]
+    found_B = cross_entropy_per_image(z_BLE, route_BL)
+    torch.testing.assert_close(found_B, sum(layers) / 4, rtol=0, atol=1e-12)
+
+
+def test_margin_is_the_best_wrong_logit_less_the_right_one() -> None:
+    z_BK = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [-5.0, -4.0, -9.0]])
+    assert margin_per_image(z_BK, torch.tensor([0, 2, 0])).tolist() == [-1.0, 1.0, 1.0]
+
+
+def test_margin_is_positive_exactly_where_the_argmax_is_wrong() -> None:
+    z_BK, y_B = logits(200, 5), torch.arange(200) % 5
+    assert torch.equal(margin_per_image(z_BK, y_B) > 0, z_BK.argmax(1) != y_B)
+
+
+def test_margin_has_a_gradient_to_two_logits_alone() -> None:
+    z_BK = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    margin_per_image(z_BK, torch.tensor([0])).sum().backward()
+    assert z_BK.grad is not None
+    assert z_BK.grad.tolist() == [[-1.0, 0.0, 1.0]]
