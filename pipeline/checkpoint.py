@@ -48,12 +48,18 @@ def save(
         torch.save(state, draft / "state.pt")
         (draft / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
         hashes = {name: sha256(draft / name) for name in FILES}
-        (draft / "meta.json").write_text(json.dumps(meta | {"sha256": hashes}, indent=2) + "\n")
+        (draft / "meta.json").write_text(describe(meta, hashes))
         for file in draft.iterdir():
             _flush(file)
         publish(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def describe(meta: dict[str, Any], hashes: dict[str, str]) -> str:
+    """Write ``meta.json``: the values and a hash of each file, of these values too."""
+    own = hashlib.sha256(json.dumps([meta, hashes], sort_keys=True).encode()).hexdigest()
+    return json.dumps(meta | {"sha256": hashes | {"meta.json": own}}, indent=2) + "\n"
 
 
 def publish(draft: Path, folder: Path) -> None:
@@ -83,8 +89,11 @@ def verify(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a checkpoint folder")
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        text = (folder / "meta.json").read_text()
+        meta: dict[str, Any] = json.loads(text)
         hashes = {name: str(meta["sha256"][name]) for name in FILES}
+        if text != describe({k: v for k, v in meta.items() if k != "sha256"}, hashes):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: meta.json is missing or damaged"

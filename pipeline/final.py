@@ -146,8 +146,9 @@ def card(config: Config, metrics: Mapping[str, float], images: int, sha256: str)
         "",
         f"Test images: {images}; each counted once, an image misclassified without an attack as "
         f"broken. Threat: {threat.norm}, eps {threat.eps:.6g}, {threat.steps} steps of "
-        f"{threat.step_size:.6g}, {threat.restarts} start(s), attacks on the model with its "
-        "straight-through gate; `ra_worst` is the share that stands against all of them. "
+        f"{threat.step_size:.6g}, {threat.restarts} start(s), by the true gradient of the "
+        "deployed model, whose gates are hard; `ra_worst` is the share that stands against all of "
+        "them. "
         "Model selected on the validation split by RA under PGD-"
         f"{threat.validation_steps}; the test split was used once.",
         "",

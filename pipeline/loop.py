@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Progress:
     step: int = 0  # of the epoch
     best: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)  # losses over the epoch's updates so far
 
     def record(self, session: Session, step: int, values: dict[str, float]) -> None:
         """Keep metrics of an update and send them on."""
@@ -97,7 +98,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     for group, optimizer in state.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][group])
     meta = checkpoint.verify(found)
-    progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"])
+    progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"], meta["sums"])
     session.tell("resumed", epoch=progress.epoch, step=progress.step, checkpoint=found.name)
     for row in progress.history:  # whoever follows has them already, unless it was lost with us
         session.tell("metrics", **row)
@@ -114,7 +115,10 @@ def train_epoch(
 ) -> None:
     """Train to the end of the current epoch, validate, save, and advance ``progress``."""
     steps, began = len(splits.train) // config.batch_size, time.monotonic()
-    first, sums, seen = progress.step, {}, 0  # type: ignore[var-annotated]
+    first, seen = progress.step, 0
+    sums = {
+        name: torch.tensor(total, device=session.device) for name, total in progress.sums.items()
+    }
     for step, x_BCHW, y_B in batches(config, session, splits, progress.epoch, first, state):
         set_rates(config, state, progress.epoch + step / steps)
         with torch.autocast(
@@ -137,17 +141,17 @@ def train_epoch(
             steps=steps,
             images_per_second=pace,
             seconds_left=left * config.batch_size / pace,
-            loss=next(iter(watched.values()), 0.0),
+            loss=next((v for name, v in watched.items() if name.startswith("loss")), 0.0),
         )
         progress.step = step + 1
         if config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps:
+            progress.sums = averaged(session, sums)
             save(config, folder, session, state, progress, update)
-    means_L = torch.stack([sums[name] for name in sums]) / max(1, progress.step - first)
-    session.average(means_L)
-    values = {f"train/loss_{n}": v for n, v in zip(sums, means_L.tolist(), strict=True)}
+    values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
     values |= validate(config, session, state, splits)
     progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
+    progress.sums = {}
     progress.record(session, update, values)
     better = values["val/ra"] > progress.best
     progress.best = max(progress.best, values["val/ra"])
@@ -161,6 +165,13 @@ def train_epoch(
         seconds_left=took * (config.epochs - progress.epoch),
     )
     session.report({"epoch": progress.epoch, **values})
+
+
+def averaged(session: Session, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read scalars, averaged over the workers."""
+    sums_L = torch.stack(list(sums.values()))
+    session.average(sums_L)
+    return dict(zip(sums, sums_L.tolist(), strict=True))
 
 
 def batches(
@@ -250,10 +261,11 @@ def save(
             "update": update,
             "best": progress.best,
             "history": progress.history,
+            "sums": progress.sums,
         }
-        checkpoint.save(target, config, state.model, tensors, meta)
-        if best:
-            checkpoint.copy(target, root / "best")
+        checkpoint.save(root / "best" if best else target, config, state.model, tensors, meta)
+        if best:  # written first: a run killed in between repeats the epoch and finds it again
+            checkpoint.copy(root / "best", target)
         checkpoint.prune(root, KEEP)
     session.wait()
 

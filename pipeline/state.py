@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from moe.folding import fold
@@ -121,7 +122,9 @@ class TrainState:
     def _share(self, tensors: list[Tensor]) -> None:
         if self.average is keep:
             return
-        buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
+        moving = [m for m in norms if m.track_running_stats]
+        buffers = [b for m in moving for b in m.buffers() if b.is_floating_point()]
         shared = [*tensors, *buffers, *self.watched.values()]
         flat = torch.cat([t.detach().flatten().float() for t in shared])
         self.average(flat)

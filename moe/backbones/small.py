@@ -13,10 +13,10 @@ from moe.routers import ImageRouter
 
 @dataclass(frozen=True, kw_only=True)
 class Small:
-    """One residual block a stage at widths 64, 128, 256 behind a stem of 32 channels.
+    """One residual block a stage at widths 96, 192, 384 behind a stem of 48 channels.
 
     From 32 px on the stem halves the image's side, as do the last two stages. At 32 px and
-    ``ratio=0.5`` one route costs 13 MMAC, of which the router (one block a stage, widths 8, 16 and
+    ``ratio=0.5`` one route costs 28 MMAC, of which the router (one block a stage, widths 8, 16 and
     32, on at most 16 px) takes 0.8.
 
     Attributes:
@@ -35,8 +35,8 @@ class Small:
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""
         make, blocks = mixture(self.num_experts, self.router_scope), []
-        channels = stem = scaled(32, self.ratio) if self.num_experts == 1 else 32
-        for stage, width in enumerate((64, 128, 256)):
+        channels = stem = scaled(48, self.ratio) if self.num_experts == 1 else 48
+        for stage, width in enumerate((96, 192, 384)):
             out = scaled(width, self.ratio)
             blocks.append(BasicBlock(channels, out, 2 if stage else 1, make, plain))
             channels = out

@@ -14,6 +14,9 @@ from moe.network import Network
 from pipeline.attacks import Objective
 from pipeline.losses import cross_entropy_per_image, kl_per_image
 
+Aim = Callable[[Network, Tensor], Objective]
+"""From a frozen model and clean images to what the attack raises, one value an image."""
+
 
 def divergence(model: Network, x_BCHW: Tensor) -> Objective:
     """``KL(f(x) || f(x'))``, (B,): the attack of TRADES (arXiv:1901.08573, eq. 3)."""
@@ -22,25 +25,33 @@ def divergence(model: Network, x_BCHW: Tensor) -> Objective:
     return lambda x_adv: kl_per_image(clean_BK, model(x_adv).logits)
 
 
-def joint_divergence(model: Network, x_BCHW: Tensor) -> Objective:
-    """``KL(f(x) || f(x')) + KL(r(x) || r(x'))``, (B,): classifier and router together, as AdvMoE.
-
-    For a dense net the second term is zero, so dense and mixture models face the same attack.
-    """
-    with torch.no_grad():
-        clean = model(x_BCHW)
-
-    def objective(x_adv: Tensor) -> Tensor:
-        moved = model(x_adv)
-        return kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, moved.router)
-
-    return objective
-
-
-def error(y_B: Tensor) -> Callable[[Network, Tensor], Objective]:
+def error(y_B: Tensor) -> Aim:
     """Make the aim ``CE(f(x'), y)``, (B,) (Madry et al., arXiv:1706.06083, eq. 2.1)."""
 
     def aim(model: Network, x_BCHW: Tensor) -> Objective:
         return lambda x_adv: cross_entropy_per_image(model(x_adv).logits, y_B)
+
+    return aim
+
+
+def joint(kind: str, y_B: Tensor) -> Aim:
+    """Make AdvMoE's aim, classifier and router together: ``d(x') + KL(r(x) || r(x'))``, (B,).
+
+    ``d`` is ``KL(f(x) || f(x'))`` for ``kl`` and ``CE(f(x'), y)`` for ``ce``. For a dense net the
+    router's term is zero, so dense and mixture models face the same attack.
+    """
+
+    def aim(model: Network, x_BCHW: Tensor) -> Objective:
+        with torch.no_grad():
+            clean = model(x_BCHW)
+
+        def objective(x_adv: Tensor) -> Tensor:
+            moved = model(x_adv)
+            unsteady_B = kl_per_image(clean.router, moved.router)
+            if kind == "ce":
+                return cross_entropy_per_image(moved.logits, y_B) + unsteady_B
+            return kl_per_image(clean.logits, moved.logits) + unsteady_B
+
+        return objective
 
     return aim

@@ -1,8 +1,7 @@
 """AdvMoE's and TRADES' updates written plainly: the same numbers, and nothing saved.
 
-What the fast ones leave out is computed here as published code does: gradients of all parameters
-in every backward pass, the attack's included, and in each attack step the router once in the model
-and once beside it. Networks are not folded.
+As in AdvMoE's released code, each attack step computes the gradients of all parameters too, and
+evaluates the router once in the model and once beside it. Networks are not folded.
 
 Shapes: B images, CHW channels and sides.
 """
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe.network import Network
+from moe.network import Network, is_router_parameter
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD, Draw
@@ -43,8 +42,10 @@ def plain_adv_moe(
             loss = natural + algorithm.beta * kl(clean, moved)
         else:
             loss = _trades_loss(model, x_BCHW, x_adv, y_B, algorithm.beta)
+        named, wants = model.named_parameters(), phase == "router"
+        own = [p for name, p in named if is_router_parameter(name) == wants]
         model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(inputs=own)  # type: ignore[no-untyped-call]
         optimizers[phase].step()
     _rest(model, "nothing")
 
@@ -93,8 +94,9 @@ def _trades_loss(model: Network, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor, bet
 
 
 def _rest(model: Network, phase: str) -> None:
-    """Let one half rest: see ``TrainState.only`` for which statistics move when."""
+    """Let one half rest, with the statistics and gates that ``TrainState.only`` gives it."""
     model.train()
+    model.gate_gradient = phase != "experts"
     for name, module in model.named_modules():
         if name == "router" or name.endswith(".gate"):
             module.train(phase != "experts")

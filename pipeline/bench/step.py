@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.optim import SGD
 
 from moe.network import Network
@@ -22,6 +23,7 @@ from pipeline.state import GROUPS, TrainState
 
 OURS, PLAIN = "AdvMoE, ours", "AdvMoE, plain, masked"
 DENSE, DENSE_OURS = "dense TRADES, plain", "dense TRADES, our step"
+CHECKED = 8  # images on which the two updates are compared in float64
 
 
 def step(settings: Settings) -> Benchmark:
@@ -48,9 +50,10 @@ def step(settings: Settings) -> Benchmark:
     def notes() -> list[str]:
         with torch.no_grad():
             route = mixture(x_BCHW).route
-        gap = difference(fast.model, slow.model, mixture)
+        gap = disagreement(adv_moe, mixture, x_BCHW[:CHECKED], y_B[:CHECKED])
         return [
-            f"ours and the plain update differ by {gap:.0e} of its length (in float32)",
+            f"in float64, on {CHECKED} images: our update differs from the plain one by {gap:.0e} "
+            "of its length",
             f"load of the experts: {shares(route, settings.num_experts)}",
         ]
 
@@ -70,7 +73,8 @@ def step(settings: Settings) -> Benchmark:
 
 
 def training_state(model: Network) -> TrainState:
-    """Give a network the optimizers of AdvMoE's defaults."""
+    """Set a network to training, with the optimizers of AdvMoE's defaults."""
+    model.train()
     state = TrainState(model, {})
     state.optimizers = {
         group: SGD(members, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -94,9 +98,14 @@ def restart(state: TrainState) -> Callable[[], None]:
     return back
 
 
-@torch.no_grad()
-def difference(one: Network, other: Network, start: Network) -> float:
-    """``|one - other| / |other - start|`` over all parameters."""
-    nets = (one, other, start)
-    ends = [torch.cat([p.double().flatten() for p in net.parameters()]) for net in nets]
-    return float((ends[0] - ends[1]).norm() / (ends[1] - ends[2]).norm())
+def disagreement(algorithm: AdvMoE, model: Network, x_BCHW: Tensor, y_B: Tensor) -> float:
+    """Update two copies in float64, ours and plainly: ``|ours - plain| / |plain - start|``."""
+    start, x_BCHW = copy.deepcopy(model).double(), x_BCHW.double()
+    fast, slow = training_state(copy.deepcopy(start)), training_state(masked(start))
+    for state in (fast, slow):
+        restart(state)()
+    algorithm.step(fast, x_BCHW, y_B)
+    plain_adv_moe(algorithm, slow.model, slow.optimizers, x_BCHW, y_B, slow.noise)
+    nets = (fast.model, slow.model, start)
+    ours, plain, before = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in nets)
+    return float((ours - plain).norm() / (plain - before).norm())

@@ -52,11 +52,18 @@ class RouterAttack:
 def _judged(
     attack: PGD, objective: object, on: tuple[Network, Tensor, Tensor, Draw], alive: Tensor
 ) -> Attacked:
-    """Attack the images at ``alive`` to the end, then judge all on the deployed model."""
+    """Attack the images at ``alive`` to the end of each start, and judge the deployed model then.
+
+    An image keeps the first attack that broke it.
+    """
     model, x_BCHW, y_B, noise = on
-    x_adv = x_BCHW.clone()
-    if len(alive):
+    x_adv, correct_B = x_BCHW.clone(), torch.zeros_like(y_B, dtype=torch.bool)
+    correct_B[alive] = True
+    for _ in range(attack.restarts if len(alive) else 0):
         assert callable(objective)
         start = attack.begin(x_BCHW, noise)[alive]
-        x_adv[alive] = attack.ascend(objective, x_BCHW[alive], start, attack.steps)
-    return Attacked(is_correct(model, x_adv, y_B), x_adv)
+        moved = attack.ascend(objective, x_BCHW[alive], start, attack.steps)
+        standing_A = correct_B[alive]
+        x_adv[alive] = torch.where(standing_A.view(-1, 1, 1, 1), moved, x_adv[alive])
+        correct_B[alive] = standing_A & is_correct(model, moved, y_B[alive])
+    return Attacked(correct_B, x_adv)

@@ -116,7 +116,8 @@ def summarize(verdicts: Verdicts, num_experts: int, split: str) -> dict[str, flo
     if num_experts > 1:
         load_E = load(verdicts.route, num_experts)
         metrics["route/entropy"] = float(entropy(load_E))
-        metrics["route/flip_rate"] = float(flip_rate(verdicts.route, verdicts.route_attacked))
+        if attacked:
+            metrics["route/flip_rate"] = float(flip_rate(verdicts.route, verdicts.route_attacked))
         for expert, share in enumerate(load_E.tolist()):
             metrics[f"route/load_{expert}"] = share
     return metrics

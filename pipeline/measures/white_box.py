@@ -1,4 +1,4 @@
-"""PGD on the whole model, through the straight-through gate."""
+"""PGD on the whole model, by the true gradient of the deployed network (hard gates)."""
 
 from dataclasses import dataclass
 

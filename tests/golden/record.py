@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-from moe.backbones.small import Small
+from moe.backbones.parts import BasicBlock, assemble, mixture, plain
+from moe.backbones.resnet import ResidualBody
+from moe.network import Network
+from moe.routers import ImageRouter
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Config
 from pipeline.data.loading import epoch_order, to_float
@@ -26,12 +29,23 @@ UPDATES, BATCH = 10, 16
 Curves = dict[str, list[float]]
 
 
+def network() -> Network:
+    """Two experts in two residual blocks, apart from the backbones, whose widths may change."""
+    make = mixture(2, "shared")
+    blocks = [BasicBlock(8, 8, 1, make, plain), BasicBlock(8, 16, 2, make, plain)]
+    return assemble(
+        ResidualBody(plain(3, 8, 3, 1), blocks, 16, 4, False),
+        lambda: ImageRouter(2, blocks=1, widths=(4, 8)),
+        num_experts=2,
+        router_scope="shared",
+    )
+
+
 def curves(name: str) -> Curves:
     """Train a small mixture for ten updates; return each loss, in nats per image."""
     images = Synthetic(classes=4, size=8, train_images=256).load(0).train
     torch.manual_seed(0)
-    model = Small(ratio=0.125).build(4, 8).double()
-    state = TrainState(model, {})
+    state = TrainState(network().double(), {})
     state.optimizers = build_optimizers(Config(lr=0.02), state)
     algorithm, order_N, found = ALGORITHMS[name](), epoch_order(len(images), 0, 0), Curves()
     for step in range(UPDATES):

@@ -119,6 +119,25 @@ def test_resting_half_of_adv_moe_does_not_change_by_one_bit(
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_second_half_of_adv_moe_sees_the_weights_of_the_first_in_bf16_too(
+    small: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast keeps its bf16 copies of weights to the end of its block, past an update of them."""
+    twin, real = copy.deepcopy(small), AdvMoE._step_router
+    with torch.autocast("cpu", torch.bfloat16):
+        AdvMoE().step(training(small), *batch())
+
+    def fresh(*given: Any) -> dict[str, Tensor]:
+        torch.clear_autocast_cache()
+        return real(*given)
+
+    monkeypatch.setattr(AdvMoE, "_step_router", fresh)
+    with torch.autocast("cpu", torch.bfloat16):
+        AdvMoE().step(training(twin), *batch())
+    state, other = small.state_dict(), twin.state_dict()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
 def test_two_minibatches_share_the_images_out(
     small: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,9 +154,8 @@ def test_two_minibatches_share_the_images_out(
     x_BCHW = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 8, 8)
     state = training(small)
     AdvMoE(minibatches="two").step(state, x_BCHW, torch.arange(7))
-    assert seen == [("_step_experts", 0), ("_step_experts", 4), ("_step_router", 4)] + [
-        ("_step_router", 3)
-    ]
+    half, other = "_step_experts", "_step_router"
+    assert seen == [(half, 0), (half, 4), (other, 4), (other, 3)], "(first image, and how many)"
     seen.clear()
     AdvMoE(minibatches="one").step(state, x_BCHW, torch.arange(7))
     assert [count for _, count in seen] == [0, 7, 0, 7]
@@ -297,7 +315,7 @@ class Slow:
                 name = self.names[id(p)]
                 pull = grad + DECAY * p
                 self.momentum[name] = MOMENTUM * self.momentum.get(name, torch.zeros(())) + pull
-                p -= RATES[group] * self.momentum[name]
+                p.copy_(p - RATES[group] * self.momentum[name])
         self.net.train()
 
 

@@ -14,9 +14,9 @@ def test_parts_of_the_workers_join_to_what_one_worker_draws(kind: str, world: in
     alone = Noise(generator_at("cpu", 5))
     parts = [Noise(generator_at("cpu", 5), rank, world) for rank in range(world)]
     for _ in range(2):  # the second draw too
-        whole = getattr(alone, kind)(x_BCHW)
+        whole, shares = getattr(alone, kind)(x_BCHW), x_BCHW.chunk(world)
         joined = torch.cat(
-            [getattr(part, kind)(part_b) for part, part_b in zip(parts, x_BCHW.chunk(world))]
+            [getattr(part, kind)(x_bCHW) for part, x_bCHW in zip(parts, shares, strict=True)]
         )
         assert torch.equal(joined, whole)
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from moe.network import Network
 from pipeline.algorithms import ALGORITHMS
+from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image
 from pipeline.loop import GATE_STEPS, RouterError, check_gate
+from pipeline.losses import cross_entropy_per_image
 from pipeline.seeding import Noise, generator_at
 from pipeline.session import Session
 from pipeline.state import GROUPS, NonFiniteError, TrainState
@@ -267,6 +268,25 @@ def test_gradient_of_two_workers_is_that_of_one_on_the_joint_batch(
         for name, grad, whole in zip(names, grads, wanted, strict=True):
             torch.testing.assert_close(grad, whole, rtol=1e-4, atol=1e-6, msg=name)
         assert watched == pytest.approx(numbers, rel=1e-4), "so are the numbers that are reported"
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+def test_averaging_does_not_touch_what_did_not_change(
+    build: Callable[..., Network], scope: str
+) -> None:
+    """The mean of three equal numbers may differ from them in the last bit."""
+
+    def mean_of_three(flat: Tensor) -> None:
+        flat.copy_((flat + flat + flat) / 3)
+
+    model = build(ratio=0.125, router_scope=scope)
+    algorithm, state = AdvMoE(), state_of(model.train(), average=mean_of_three)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    algorithm._step_experts(state, *batch())
+    after = dict(model.named_buffers())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not {n for n in changed if n.startswith(("router.", "normalize.")) or ".gate." in n}
 
 
 def test_sum_and_mean_over_one_worker_change_nothing() -> None:

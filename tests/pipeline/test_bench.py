@@ -1,0 +1,212 @@
+"""The bench command at a tiny size, and the plain update against the fast one. Never the time."""
+
+import copy
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from moe.network import Network
+from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.trades import Trades
+from pipeline.attacks.pgd import PGD
+from pipeline.bench import BENCHMARKS
+from pipeline.bench.__main__ import run
+from pipeline.bench.plain import plain_adv_moe, plain_attack, plain_trades
+from pipeline.bench.race import Benchmark, Outcome, Variant, race
+from pipeline.bench.settings import Settings, read_settings
+from pipeline.bench.step import disagreement, restart, training_state
+from pipeline.command import main
+from pipeline.masked import masked
+from pipeline.state import TrainState
+
+TINY = ["backbone=small", "ratio=0.125", "batch=8", "image_size=8", "rounds=1", "threads=1"]
+ATTACK = PGD(step_size=5 / 255, steps=2, start="gaussian")
+IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = torch.arange(12) % 4
+
+
+def exact(found: Any, want: Any) -> None:
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-10)
+
+
+def pair(model: Network) -> tuple[TrainState, TrainState]:
+    """Two states of the same network, masked the second, with the same noise ahead."""
+    states = training_state(copy.deepcopy(model)), training_state(masked(model))
+    for state in states:
+        restart(state)()
+    return states
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_prints_conditions_and_ratios(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name, *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in shown
+    assert "num_experts=2 ratio=0.125" in shown
+    assert len(re.findall(r"\d\.\d\d x faster", shown)) == 4
+    assert "load of the experts: 0." in shown
+
+
+def test_all_benchmarks_run_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*TINY, "router_scope=per_layer", "router_loss=pseudo_label"]) == 0
+    shown = capsys.readouterr().out
+    assert "inference on 8 images" in shown
+    assert "one update on 8 images: router_loss=pseudo_label" in shown
+
+
+def test_threads_are_set_for_the_race_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def work() -> None:
+        seen.append(torch.get_num_threads())
+        torch.ones(2, 2) @ torch.ones(2, 2)
+
+    race = Benchmark("", {"a": Variant(work)}, notes=list)
+    monkeypatch.setitem(BENCHMARKS, "inference", lambda _: race)
+    assert run(["inference", *TINY[:-1], f"threads={before + 1}"]) == 0
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
+def test_list_and_help_name_the_benchmarks_and_the_keys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(BENCHMARKS)
+    with pytest.raises(SystemExit) as leaving:
+        run(["--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    for word in (*BENCHMARKS, "batch=128", "num_experts=2", "router_loss=trades"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training"], "no benchmark 'training', only inference, step"),
+        (["inference", "step"], "at most 1 name"),
+        (["batchsize=3"], "no key 'batchsize', only backbone, num_experts, ratio"),
+        (["batch=many"], "batch must be a whole number, got 'many'"),
+        (["batch=1"], "batch must be at least 2, got 1"),
+        (["rounds=0"], "rounds must be at least 1, got 0"),
+        (["num_experts=1"], "num_experts must be at least 2, got 1"),
+        (["ratio=0"], "ratio must be above 0 and at most 1, got 0"),
+        (["backbone=resnet"], "no backbone 'resnet', only resnet18, small"),
+        (["router_loss=x"], "router_loss must be one of trades, pseudo_label, got 'x'"),
+    ],
+)
+def test_bad_words_end_with_code_2_and_one_line(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit) as leaving:
+        main(run)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_settings_are_read_by_the_type_of_their_field() -> None:
+    found = read_settings({"backbone": "small", "ratio": "1/4", "batch": "16"})
+    assert found == Settings(backbone="small", ratio=0.25, batch=16)
+
+
+@pytest.mark.parametrize("router_loss", ["trades", "pseudo_label"])
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+@pytest.mark.parametrize("num_experts", [2, 3])
+def test_plain_update_and_ours_end_in_the_same_network(
+    build: Any, num_experts: int, scope: str, router_loss: Any
+) -> None:
+    model = build(ratio=0.125, num_experts=num_experts, router_scope=scope).double()
+    algorithm = AdvMoE(attack=ATTACK, router_loss=router_loss)
+    ours, plain = pair(model)
+    for _ in range(2):  # the second update starts from moved statistics and with momentum
+        algorithm.step(ours, IMAGES, LABELS)
+        plain_adv_moe(algorithm, plain.model, plain.optimizers, IMAGES, LABELS, plain.noise)
+    after, want = ours.model.state_dict(), plain.model.state_dict()
+    assert list(after) == list(want)
+    for key, value in want.items():
+        exact(after[key], value)
+    start = model.state_dict()
+    assert all((after[key] != start[key]).any() for key, _ in model.named_parameters())
+    assert [m.training for m in ours.model.modules()] == [m.training for m in plain.model.modules()]
+
+
+def test_disagreement_of_the_two_updates_is_one_of_rounding(build: Any) -> None:
+    model = build(ratio=0.125)
+    assert disagreement(AdvMoE(attack=ATTACK), model, IMAGES.float(), LABELS) < 1e-9
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_plain_dense_update_is_that_of_trades(build: Any) -> None:
+    model = build(ratio=0.125, num_experts=1).double()
+    ours, plain = pair(model)
+    algorithm = Trades(attack=ATTACK)
+    algorithm.step(ours, IMAGES, LABELS)
+    (optimizer,) = plain.optimizers.values()
+    plain_trades(algorithm, plain.model, optimizer, IMAGES, LABELS, plain.noise)
+    for key, value in plain.model.state_dict().items():
+        exact(ours.model.state_dict()[key], value)
+
+
+def test_plain_attack_stays_in_the_ball_and_moves(build: Any) -> None:
+    state = training_state(masked(build(ratio=0.125).double()))
+    restart(state)()
+    x_adv = plain_attack(ATTACK, state.model, IMAGES, state.noise)
+    assert float((x_adv - IMAGES).abs().max()) <= ATTACK.eps + 1e-12
+    assert float((x_adv - IMAGES).abs().mean()) > ATTACK.eps / 2
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
+def test_masked_copy_shares_no_weight_with_its_original(build: Any) -> None:
+    model = build(ratio=0.125)
+    twin = masked(model)
+    twin.body.blocks[0].conv1.conv.weight_FCRR.data.zero_()
+    assert model.body.blocks[0].conv1.conv.weight_FCRR.any()
+
+
+def test_race_takes_turns_prepares_every_call_and_counts_operations() -> None:
+    events: list[str] = []
+    one, other = torch.rand(2, 3), torch.rand(3, 5)
+
+    def variant(name: str) -> Variant:
+        def work() -> None:
+            events.append(name)
+            one @ other
+
+        return Variant(work, lambda: events.append(f"before {name}"))
+
+    benchmark = Benchmark("", {"a": variant("a"), "b": variant("b")}, notes=list)
+    outcome = race(benchmark, 2, lambda _: None)
+    assert events == ["before a", "a", "before b", "b"] * 3
+    assert outcome.gmac == {"a": 30 / 1e9, "b": 30 / 1e9}
+    assert [len(times) for times in outcome.seconds.values()] == [2, 2]
+
+
+def test_race_counts_gradients_of_images_alone(build: Any) -> None:
+    """A convolution's input gradient costs as much as the convolution."""
+    weight = torch.rand(4, 3, 3, 3)
+
+    def attack() -> None:
+        x_BCHW = torch.rand(1, 3, 5, 5, requires_grad=True)
+        y_BDPQ = torch.nn.functional.conv2d(x_BCHW, weight, padding=1)
+        torch.autograd.grad(y_BDPQ.square().sum(), x_BCHW)
+
+    outcome = race(Benchmark("", {"attack": Variant(attack)}, notes=list), 1, lambda _: None)
+    assert outcome.gmac["attack"] == 2 * 4 * 3 * 9 * 25 / 1e9
+
+
+def test_speedup_is_the_median_of_the_rounds_own_ratios() -> None:
+    outcome = Outcome(seconds={"ours": [1.0, 1.0, 9.0], "slow": [2.0, 3.0, 36.0]})
+    assert outcome.speedup("ours", "slow") == 3.0
+    assert outcome.median("slow") == 3.0
