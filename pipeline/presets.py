@@ -41,13 +41,13 @@ def adv_moe_cifar10_small() -> Config:
     """
     return Config(
         name="adv_moe_cifar10_small",
-        dataset=Cifar10(),
+        dataset=Cifar10(validation=0.05, pad=2),
         backbone=Small(),
-        algorithm=AdvMoE(router_loss="pseudo_label", aim="ce"),
-        epochs=14,
-        batch_size=64,
+        algorithm=AdvMoE(router_loss="pseudo_label"),
+        epochs=16,
+        batch_size=128,
         precision="bf16",
-        lr=0.1,
+        lr=0.15,
         router_lr=0.02,
         schedule="cyclic",
         router_schedule="cyclic",

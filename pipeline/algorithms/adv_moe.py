@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import joint
+from pipeline.algorithms.aims import joint_divergence, router_divergence
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
@@ -24,8 +24,9 @@ class AdvMoE:
 
     ``min_psi l(psi, phi*(psi))``, ``phi*(psi) = argmin_phi l(psi, phi)``, with router psi, experts
     phi and ``l = CE(f(x), y) + beta KL(f(x) || f(x'))``, by one SGD step on each in turn. Before
-    each step x' is found anew, raising ``KL(f) + KL(r)``. The half that rests does not change by
-    one bit, its BatchNorm statistics included (the released code moves them).
+    each step x' is found anew, raising ``KL(f) + KL(r)``; for pseudo labels, a loss of the router
+    alone, ``KL(r)`` (the released code: both, always). The half that rests does not change by one
+    bit, its BatchNorm statistics included (the released code moves them).
 
     Attributes:
         beta: Weight of stability against accuracy; 6 in the paper.
@@ -34,9 +35,6 @@ class AdvMoE:
             ``pseudo_label``: ``alpha CE(r(x), y mod E) + beta KL(r(x) || r(x'))`` (released code).
         minibatches: ``one``: both steps on the same images (released code). ``two``: the first
             half of the batch for the experts, the second for the router (the paper's B_l, B_u).
-        aim: What x' raises beside ``KL(r)``: ``kl``: ``KL(f(x) || f(x'))`` (the released code);
-            ``ce``: ``CE(f(x'), y)``. Few steps of the first hardly break images while a net is
-            unsure of its classes, so short runs learn more from the second.
         attack: How x' is found; 2 steps of 5/255 in the released code.
 
     Raises:
@@ -47,7 +45,6 @@ class AdvMoE:
     alpha: float = 6.0
     router_loss: Literal["trades", "pseudo_label"] = "trades"
     minibatches: Literal["one", "two"] = "one"
-    aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
 
     def __post_init__(self) -> None:
@@ -58,8 +55,6 @@ class AdvMoE:
             raise ValueError(
                 f"router_loss must be trades or pseudo_label, got {self.router_loss!r}"
             )
-        if self.aim not in ("kl", "ce"):
-            raise ValueError(f"aim must be kl or ce, got {self.aim!r}")
         if self.minibatches not in ("one", "two"):
             raise ValueError(f"minibatches must be one or two, got {self.minibatches!r}")
 
@@ -75,16 +70,18 @@ class AdvMoE:
         return experts | self._step_router(state, images[1], labels[1])
 
     def _step_experts(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
-        x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
+        x_adv = state.perturb(self.attack, joint_divergence, x_BCHW)
         with state.only("experts") as model:
             terms = trades_terms(model, x_BCHW, x_adv, y_B)
             state.descend(terms.natural + self.beta * terms.robust, "experts")
         return terms.losses()
 
     def _step_router(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
-        x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
+        through = self.router_loss == "trades"  # the loss reaches through the experts
+        aim = joint_divergence if through else router_divergence
+        x_adv = state.perturb(self.attack, aim, x_BCHW)
         with state.only("router") as model:
-            if self.router_loss == "trades":
+            if through:
                 terms = trades_terms(model, x_BCHW, x_adv, y_B)
                 state.watch("router scores", terms.moved.router.abs().amax())
                 state.descend(terms.natural + self.beta * terms.robust, "router")

@@ -34,24 +34,23 @@ def error(y_B: Tensor) -> Aim:
     return aim
 
 
-def joint(kind: str, y_B: Tensor) -> Aim:
-    """Make AdvMoE's aim, classifier and router together: ``d(x') + KL(r(x) || r(x'))``, (B,).
+def joint_divergence(model: Network, x_BCHW: Tensor) -> Objective:
+    """``KL(f(x) || f(x')) + KL(r(x) || r(x'))``, (B,): classifier and router together, as AdvMoE.
 
-    ``d`` is ``KL(f(x) || f(x'))`` for ``kl`` and ``CE(f(x'), y)`` for ``ce``. For a dense net the
-    router's term is zero, so dense and mixture models face the same attack.
+    For a dense net the second term is zero, so dense and mixture models face the same attack.
     """
+    with torch.no_grad():
+        clean = model(x_BCHW)
 
-    def aim(model: Network, x_BCHW: Tensor) -> Objective:
-        with torch.no_grad():
-            clean = model(x_BCHW)
+    def objective(x_adv: Tensor) -> Tensor:
+        moved = model(x_adv)
+        return kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, moved.router)
 
-        def objective(x_adv: Tensor) -> Tensor:
-            moved = model(x_adv)
-            unsteady_B = kl_per_image(clean.router, moved.router)
-            if kind == "ce":
-                return cross_entropy_per_image(moved.logits, y_B) + unsteady_B
-            return kl_per_image(clean.logits, moved.logits) + unsteady_B
+    return objective
 
-        return objective
 
-    return aim
+def router_divergence(model: Network, x_BCHW: Tensor) -> Objective:
+    """``KL(r(x) || r(x'))``, (B,): the router alone; the body is not run where it need not be."""
+    with torch.no_grad():
+        clean_BE = model.router_scores(x_BCHW)
+    return lambda x_adv: kl_per_image(clean_BE, model.router_scores(x_adv))

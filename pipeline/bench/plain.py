@@ -33,9 +33,10 @@ def plain_adv_moe(
     assert algorithm.minibatches == "one"
     assert isinstance(algorithm.attack, PGD)
     for phase in ("experts", "router"):
-        x_adv = plain_attack(algorithm.attack, model, x_BCHW, noise)
+        router_only = phase == "router" and algorithm.router_loss == "pseudo_label"
+        x_adv = plain_attack(algorithm.attack, model, x_BCHW, noise, router_only=router_only)
         _rest(model, phase)
-        if phase == "router" and algorithm.router_loss == "pseudo_label":
+        if router_only:
             clean, moved = model.router_scores(x_BCHW), model.router_scores(x_adv)
             home_B = y_B % model.num_experts
             natural = algorithm.alpha * cross_entropy_per_image(clean, home_B).mean()
@@ -68,8 +69,10 @@ def plain_trades(
     optimizer.step()
 
 
-def plain_attack(attack: PGD, model: Network, x_BCHW: Tensor, noise: Draw) -> Tensor:
-    """Raise ``KL(f) + KL(r)`` from the clean images; leaves gradients on the parameters."""
+def plain_attack(
+    attack: PGD, model: Network, x_BCHW: Tensor, noise: Draw, *, router_only: bool = False
+) -> Tensor:
+    """Raise ``KL(f) + KL(r)``, or ``KL(r)`` alone, from the clean images; leaves gradients on the parameters."""
     assert attack.norm == "linf"
     model.eval()
     model.gate_gradient = False
@@ -80,7 +83,9 @@ def plain_attack(attack: PGD, model: Network, x_BCHW: Tensor, noise: Draw) -> Te
         x_adv = x_adv.detach().requires_grad_()
         moved = model(x_adv)
         scores = moved.router if model.router is None else model.router_scores(x_adv)
-        height = kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, scores)
+        height = kl_per_image(clean.router, scores)
+        if not router_only:
+            height = height + kl_per_image(clean.logits, moved.logits)
         height.sum().backward()  # type: ignore[no-untyped-call]
         assert x_adv.grad is not None
         x_adv = attack.project(x_adv.detach() + attack.step_size * x_adv.grad.sign(), x_BCHW)

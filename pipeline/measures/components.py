@@ -8,7 +8,8 @@ from torch import Tensor
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.losses import cross_entropy_per_image
-from pipeline.measures.attacked import Attacked, is_correct
+from pipeline.measures.attacked import Attacked, break_images
+from pipeline.measures.clean import Clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +20,13 @@ class ExpertAttack:
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
-            clean = model(x_BCHW)
-        alive = (clean.logits.argmax(1) == y_B).nonzero().squeeze(1)
-        return _judged(
-            self.attack,
-            lambda x: cross_entropy_per_image(model.along(x, clean.route[alive]), y_B[alive]),
-            (model, x_BCHW, y_B, noise),
-            alive,
-        )
+            route = model(x_BCHW).route
+
+        def objective(x: Tensor, index: Tensor) -> Tensor:
+            return cross_entropy_per_image(model.along(x, route[index]), y_B[index])
+
+        before = Clean()(model, x_BCHW, y_B, noise)
+        return break_images(self.attack, model, objective, before, x_BCHW, y_B, noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,33 +37,12 @@ class RouterAttack:
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
-            clean = model(x_BCHW)
-        alive = (clean.logits.argmax(1) == y_B).nonzero().squeeze(1)
-        if clean.router.shape[-1] == 1:  # a dense net has no router to attack
-            return Attacked(clean.logits.argmax(1) == y_B, x_BCHW)
-        return _judged(
-            self.attack,
-            lambda x: cross_entropy_per_image(model.router_scores(x), clean.route[alive]),
-            (model, x_BCHW, y_B, noise),
-            alive,
-        )
+            route = model(x_BCHW).route
 
+        def objective(x: Tensor, index: Tensor) -> Tensor:
+            return cross_entropy_per_image(model.router_scores(x), route[index])
 
-def _judged(
-    attack: PGD, objective: object, on: tuple[Network, Tensor, Tensor, Draw], alive: Tensor
-) -> Attacked:
-    """Attack the images at ``alive`` to the end of each start, and judge the deployed model then.
-
-    An image keeps the first attack that broke it.
-    """
-    model, x_BCHW, y_B, noise = on
-    x_adv, correct_B = x_BCHW.clone(), torch.zeros_like(y_B, dtype=torch.bool)
-    correct_B[alive] = True
-    for _ in range(attack.restarts if len(alive) else 0):
-        assert callable(objective)
-        start = attack.begin(x_BCHW, noise)[alive]
-        moved = attack.ascend(objective, x_BCHW[alive], start, attack.steps)
-        standing_A = correct_B[alive]
-        x_adv[alive] = torch.where(standing_A.view(-1, 1, 1, 1), moved, x_adv[alive])
-        correct_B[alive] = standing_A & is_correct(model, moved, y_B[alive])
-    return Attacked(correct_B, x_adv)
+        before = Clean()(model, x_BCHW, y_B, noise)
+        if model.num_experts == 1:  # a dense net has no router to attack
+            return before
+        return break_images(self.attack, model, objective, before, x_BCHW, y_B, noise)

@@ -297,7 +297,7 @@ def verdicts_of(model: Network, images: Images, **how: Any) -> Verdicts:
 @pytest.mark.parametrize("scope", ["shared", "per_layer"])
 def test_judgement_does_not_depend_on_shards(build: Callable[..., Network], scope: str) -> None:
     model = build(ratio=0.125, router_scope=scope)
-    images = split(model, 21)
+    images = split(model, 15)
     whole = verdicts_of(model, images)
     parts = [verdicts_of(model, images, rank=rank, world=2) for rank in range(2)]
     for name, hits in whole.correct.items():
@@ -305,14 +305,14 @@ def test_judgement_does_not_depend_on_shards(build: Callable[..., Network], scop
     for route in ("route", "route_attacked"):
         assert torch.equal(sum(getattr(p, route) for p in parts), getattr(whole, route))
     broken = {name: int((~hits).sum()) for name, hits in whole.correct.items()}
-    assert broken["sa"] == 5
-    assert 5 < broken["ra_pgd11"] < 21
+    assert broken["sa"] == 3
+    assert 3 < broken["ra_pgd11"] < 15
 
 
 def test_judgement_does_not_depend_on_the_batch_size(
     mixture: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = split(mixture, 21)
+    images = split(mixture, 15)
     whole = verdicts_of(mixture, images)
     monkeypatch.setattr(judging, "BATCH", 4)
     pieces = verdicts_of(mixture, images)
@@ -322,7 +322,7 @@ def test_judgement_does_not_depend_on_the_batch_size(
 
 
 def test_judgement_of_a_measure_does_not_depend_on_the_others(mixture: Network) -> None:
-    images = split(mixture, 21)
+    images = split(mixture, 15)
     measures = suite(Evaluation(eps=0.01, step_size=0.0025, steps=3), dense=False)
     together = judge(mixture, images, measures, seed=7, device=CPU)
     for name, measure in measures.items():
