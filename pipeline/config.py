@@ -89,6 +89,16 @@ class Config:
             raise ValueError(
                 f"batch_size must be a multiple of workers ({self.workers}), got {self.batch_size}"
             )
+        halves = 2 if getattr(self.algorithm, "minibatches", "one") == "two" else 1
+        if self.batch_size < (least := 2 * halves * self.workers):  # BatchNorm needs two images
+            raise ValueError(
+                f"batch_size must be at least {least} for {self.workers} worker(s), "
+                f"got {self.batch_size}"
+            )
+        self._check_rates()
+        self._check_words()
+
+    def _check_rates(self) -> None:
         for key in ("lr", "router_lr"):
             if (value := getattr(self, key)) is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{key} must be above 0, got {value}")
@@ -97,7 +107,6 @@ class Config:
                 raise ValueError(f"{key} must be at least 0, got {value}")
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1, got {self.momentum}")
-        self._check_words()
 
     def _check_words(self) -> None:
         for key in ("precision", "optimizer", "schedule", "router_schedule"):

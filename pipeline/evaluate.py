@@ -70,7 +70,8 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"no key {unknown[0]!r}, only tier, measure, {', '.join((*WHERE, *PREFIXES))}*"
         )
-    where = override(Config(), {k: v for k, v in allowed.items() if k in WHERE})
+    here = {k: v for k, v in allowed.items() if k in WHERE}
+    where = override(Config(batch_size=2 * parse("workers", here.get("workers", 1), int)), here)
     with tempfile.TemporaryDirectory() as scratch:
         folder, of = find(given.names[0], where, Path(scratch))
         try:
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> int:
         except checkpoint.CheckpointError as error:
             return fail(str(error), 1)
         trained = checkpoint.load_config(folder)
-        config = override(trained, {"workers": 1, "batch_size": 1, **allowed})
+        config = override(trained, {"workers": 1, "batch_size": 2 * where.workers, **allowed})
         config = replace(config, name=f"evaluate {trained.name}")
         if plan.steps is not None and "evaluation.steps" not in allowed:
             config = override(config, {"evaluation.steps": plan.steps})

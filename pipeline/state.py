@@ -103,7 +103,12 @@ class TrainState:
 
         Gradients, watched scalars and BatchNorm statistics are averaged over the workers in one
         collective, so that the replicas stay equal to the bit.
+
+        Raises:
+            ValueError: The loss depends on no parameter that trains.
         """
+        if not loss.requires_grad:
+            raise ValueError(f"no gradient of the loss reaches {' and '.join(groups)}")
         parameters = {g: self.parameters(g) for g in groups if g in self.optimizers}
         everything = [p for group in parameters.values() for p in group]
         for parameter in everything:

@@ -34,7 +34,8 @@ class AdvMoE:
         router_loss: ``trades``: l itself through the straight-through gate (the paper).
             ``pseudo_label``: ``alpha CE(r(x), y mod E) + beta KL(r(x) || r(x'))`` (released code).
         minibatches: ``one``: both steps on the same images (released code). ``two``: the first
-            half of the batch for the experts, the second for the router (the paper's B_l, B_u).
+            half of each worker's part for the experts, the second for the router (the paper's B_l,
+            B_u).
         attack: How x' is found; 2 steps of 5/255 in the released code.
 
     Raises:

@@ -72,7 +72,7 @@ def plain_trades(
 def plain_attack(
     attack: PGD, model: Network, x_BCHW: Tensor, noise: Draw, *, router_only: bool = False
 ) -> Tensor:
-    """Raise ``KL(f) + KL(r)``, or ``KL(r)`` alone, from the clean images; leaves gradients on the parameters."""
+    """Raise ``KL(f) + KL(r)``, or ``KL(r)`` alone; leaves gradients on the parameters."""
     assert attack.norm == "linf"
     model.eval()
     model.gate_gradient = False

@@ -83,3 +83,15 @@ def test_refuses_a_checkpoint_with_a_flipped_byte(
 def test_bad_input_says_what_is_valid(at_home: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate.run(arguments)
+
+
+def test_two_shards_give_the_numbers_of_one(
+    checkpoint: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = []
+    for workers in (1, 2):
+        assert evaluate.run([str(checkpoint), f"workers={workers}"]) == 0
+        out = capsys.readouterr().out
+        tables.append([line for line in out.splitlines() if "/" in line and "ui" not in line])
+    assert tables[0] == tables[1]
+    assert any("ra_worst" in line for line in tables[0])

@@ -15,7 +15,7 @@ from pipeline.data.loading import Splits
 from pipeline.data.synthetic import Synthetic
 
 ROOT = Path(__file__).parents[3]
-REAL = Path(os.environ.get("ROBUST_MOE_DATA") or ROOT.parent / "shared" / "data")
+REAL = Path(os.environ.get("ROBUST_MOE_DATA") or ROOT / "data")
 
 
 def counts(splits: Splits) -> tuple[int, int, int]:
