@@ -190,6 +190,8 @@ def ray_cluster(config: Config) -> Iterator[None]:
         if key in os.environ:
             passed[key] = str(Path(os.environ[key]).expanduser().resolve())
     passed.setdefault("ROBUST_MOE_DATA", str(Path("data").resolve()))
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    passed["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     address = os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,

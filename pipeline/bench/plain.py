@@ -1,7 +1,8 @@
 """AdvMoE's and TRADES' updates written plainly: the same numbers, and nothing saved.
 
-As in AdvMoE's released code, each attack step computes the gradients of all parameters too, and
-evaluates the router once in the model and once beside it. Networks are not folded.
+Every backward pass computes the gradients of all parameters, those of the attack too, and an
+optimizer takes its own half of them; each attack step evaluates the router once in the model and
+once beside it, as AdvMoE's released code does. Networks are not folded.
 
 Shapes: B images, CHW channels and sides.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe.network import Network, is_router_parameter
+from moe.network import Network
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD, Draw
@@ -43,10 +44,8 @@ def plain_adv_moe(
             loss = natural + algorithm.beta * kl(clean, moved)
         else:
             loss = _trades_loss(model, x_BCHW, x_adv, y_B, algorithm.beta)
-        named, wants = model.named_parameters(), phase == "router"
-        own = [p for name, p in named if is_router_parameter(name) == wants]
         model.zero_grad()
-        loss.backward(inputs=own)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizers[phase].step()
     _rest(model, "nothing")
 
