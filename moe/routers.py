@@ -30,7 +30,7 @@ class _Block(nn.Module):
         if self.extra:
             before = self.extra // 2
             short_BCHW = F.pad(short_BCHW, (0, 0, 0, 0, before, self.extra - before))
-        return F.relu(y_BCHW + short_BCHW, inplace=True)
+        return F.relu(y_BCHW.add_(short_BCHW), inplace=True)
 
 
 class ImageRouter(nn.Module):

@@ -43,7 +43,7 @@ def adv_moe_cifar10_small() -> Config:
         name="adv_moe_cifar10_small",
         dataset=Cifar10(validation=0.05, pad=2),
         backbone=Small(),
-        algorithm=AdvMoE(router_loss="pseudo_label"),
+        algorithm=AdvMoE(router_loss="pseudo_label", aim="ce"),
         epochs=16,
         batch_size=128,
         precision="bf16",

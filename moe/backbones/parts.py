@@ -80,7 +80,7 @@ class BasicBlock(nn.Module):
         y_BCHW = self.conv2(y_BCHW, routing)
         if self.shortcut is not None:
             x_BCHW = self.shortcut(x_BCHW, routing)
-        return F.relu(y_BCHW + x_BCHW, inplace=True)
+        return F.relu(y_BCHW.add_(x_BCHW), inplace=True)
 
 
 def assemble(

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import joint_divergence, router_divergence
+from pipeline.algorithms.aims import check_aim, joint, router_divergence
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
@@ -36,6 +36,9 @@ class AdvMoE:
         minibatches: ``one``: both steps on the same images (released code). ``two``: the first
             half of each worker's part for the experts, the second for the router (the paper's B_l,
             B_u).
+        aim: What x' raises beside ``KL(r)``: ``kl``: ``KL(f(x) || f(x'))`` (the released code);
+            ``ce``: ``CE(f(x'), y)``. Two steps of the first hardly break an image while the net is
+            unsure of its classes, so short runs learn more from the second.
         attack: How x' is found; 2 steps of 5/255 in the released code.
 
     Raises:
@@ -46,6 +49,7 @@ class AdvMoE:
     alpha: float = 6.0
     router_loss: Literal["trades", "pseudo_label"] = "trades"
     minibatches: Literal["one", "two"] = "one"
+    aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
 
     def __post_init__(self) -> None:
@@ -56,6 +60,7 @@ class AdvMoE:
             raise ValueError(
                 f"router_loss must be trades or pseudo_label, got {self.router_loss!r}"
             )
+        check_aim(self.aim)
         if self.minibatches not in ("one", "two"):
             raise ValueError(f"minibatches must be one or two, got {self.minibatches!r}")
 
@@ -71,7 +76,7 @@ class AdvMoE:
         return experts | self._step_router(state, images[1], labels[1])
 
     def _step_experts(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
-        x_adv = state.perturb(self.attack, joint_divergence, x_BCHW)
+        x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
         with state.only("experts") as model:
             terms = trades_terms(model, x_BCHW, x_adv, y_B)
             state.descend(terms.natural + self.beta * terms.robust, "experts")
@@ -79,7 +84,7 @@ class AdvMoE:
 
     def _step_router(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         through = self.router_loss == "trades"  # the loss reaches through the experts
-        aim = joint_divergence if through else router_divergence
+        aim = joint(self.aim, y_B) if through else router_divergence
         x_adv = state.perturb(self.attack, aim, x_BCHW)
         with state.only("router") as model:
             if through:

@@ -18,6 +18,12 @@ Aim = Callable[[Network, Tensor], Objective]
 """From a frozen model and clean images to what the attack raises, one value an image."""
 
 
+def check_aim(kind: str) -> None:
+    """Refuse an aim that is not ``kl`` or ``ce``."""
+    if kind not in ("kl", "ce"):
+        raise ValueError(f"aim must be kl or ce, got {kind!r}")
+
+
 def divergence(model: Network, x_BCHW: Tensor) -> Objective:
     """``KL(f(x) || f(x'))``, (B,): the attack of TRADES (arXiv:1901.08573, eq. 3)."""
     with torch.no_grad():
@@ -34,19 +40,27 @@ def error(y_B: Tensor) -> Aim:
     return aim
 
 
-def joint_divergence(model: Network, x_BCHW: Tensor) -> Objective:
-    """``KL(f(x) || f(x')) + KL(r(x) || r(x'))``, (B,): classifier and router together, as AdvMoE.
+def joint(kind: str, y_B: Tensor) -> Aim:
+    """Make AdvMoE's aim, classifier and router together: ``d(x') + KL(r(x) || r(x'))``, (B,).
 
-    For a dense net the second term is zero, so dense and mixture models face the same attack.
+    ``d`` is ``KL(f(x) || f(x'))`` for ``kl`` and ``CE(f(x'), y)`` for ``ce``. For a dense net the
+    router's term is zero, so dense and mixture models face the same attack.
     """
-    with torch.no_grad():
-        clean = model(x_BCHW)
 
-    def objective(x_adv: Tensor) -> Tensor:
-        moved = model(x_adv)
-        return kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, moved.router)
+    def aim(model: Network, x_BCHW: Tensor) -> Objective:
+        with torch.no_grad():
+            clean = model(x_BCHW)
 
-    return objective
+        def objective(x_adv: Tensor) -> Tensor:
+            moved = model(x_adv)
+            unsteady_B = kl_per_image(clean.router, moved.router)
+            if kind == "ce":
+                return cross_entropy_per_image(moved.logits, y_B) + unsteady_B
+            return kl_per_image(clean.logits, moved.logits) + unsteady_B
+
+        return objective
+
+    return aim
 
 
 def router_divergence(model: Network, x_BCHW: Tensor) -> Objective:

@@ -1,10 +1,11 @@
 """AT (MoE): the baseline that steps router and experts together."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import joint_divergence
+from pipeline.algorithms.aims import check_aim, joint
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
@@ -20,22 +21,25 @@ class MoEAT:
 
     Attributes:
         beta: Weight of stability against accuracy; 6 in the paper.
+        aim: What x' raises beside ``KL(r)``: ``kl`` or ``ce``, see ``AdvMoE``.
         attack: How x' is found; 2 steps of 5/255 in the released code.
 
     Raises:
-        ValueError: ``beta`` is negative.
+        ValueError: A setting is out of its range.
     """
 
     beta: float = 6.0
+    aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+        check_aim(self.aim)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
-        x_adv = state.perturb(self.attack, joint_divergence, x_BCHW)
+        x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
         terms = trades_terms(state.model, x_BCHW, x_adv, y_B)
         state.watch("router scores", terms.moved.router.abs().amax())
         state.descend(terms.natural + self.beta * terms.robust, *GROUPS)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from moe.network import Network
 from moe.routing import Routed
-from pipeline.algorithms.aims import divergence
+from pipeline.algorithms.aims import check_aim, divergence, error
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
 from pipeline.losses import cross_entropy_per_image, kl
@@ -45,22 +45,26 @@ class Trades:
 
     Attributes:
         beta: Weight of stability against accuracy, 1/lambda in the paper; 6 on CIFAR.
+        aim: What x' raises: ``kl``, the second term (the paper), or ``ce``, ``CE(f(x'), y)``.
         attack: How x' is found.
 
     Raises:
-        ValueError: ``beta`` is negative.
+        ValueError: A setting is out of its range.
     """
 
     beta: float = 6.0
+    aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(start="gaussian")
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+        check_aim(self.aim)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
-        x_adv = state.perturb(self.attack, divergence, x_BCHW)
+        aim = divergence if self.aim == "kl" else error(y_B)
+        x_adv = state.perturb(self.attack, aim, x_BCHW)
         terms = trades_terms(state.model, x_BCHW, x_adv, y_B)
         state.descend(terms.natural + self.beta * terms.robust, *GROUPS)
         return terms.losses()

@@ -32,6 +32,7 @@ def plain_adv_moe(
 ) -> None:
     """Update the experts, then the router, as ``AdvMoE.step`` does on one minibatch."""
     assert algorithm.minibatches == "one"
+    assert algorithm.aim == "kl"
     assert isinstance(algorithm.attack, PGD)
     for phase in ("experts", "router"):
         router_only = phase == "router" and algorithm.router_loss == "pseudo_label"
@@ -59,6 +60,7 @@ def plain_trades(
     noise: Draw,
 ) -> None:
     """Update all parameters of a dense net, as ``Trades.step`` does."""
+    assert algorithm.aim == "kl"
     assert isinstance(algorithm.attack, PGD)
     x_adv = plain_attack(algorithm.attack, model, x_BCHW, noise)
     model.train()
@@ -80,12 +82,13 @@ def plain_attack(
     x_adv = attack.begin(x_BCHW, noise)
     for _ in range(attack.steps):
         x_adv = x_adv.detach().requires_grad_()
-        moved = model(x_adv)
-        scores = moved.router if model.router is None else model.router_scores(x_adv)
-        height = kl_per_image(clean.router, scores)
-        if not router_only:
-            height = height + kl_per_image(clean.logits, moved.logits)
-        height.sum().backward()  # type: ignore[no-untyped-call]
+        if router_only:
+            height_B = kl_per_image(clean.router, model.router_scores(x_adv))
+        else:
+            moved = model(x_adv)
+            scores = moved.router if model.router is None else model.router_scores(x_adv)
+            height_B = kl_per_image(clean.logits, moved.logits) + kl_per_image(clean.router, scores)
+        height_B.sum().backward()  # type: ignore[no-untyped-call]
         assert x_adv.grad is not None
         x_adv = attack.project(x_adv.detach() + attack.step_size * x_adv.grad.sign(), x_BCHW)
     model.gate_gradient = True

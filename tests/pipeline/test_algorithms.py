@@ -166,6 +166,7 @@ def test_two_minibatches_share_the_images_out(
         ({"beta": -1.0}, r"beta must be at least 0, got -1\.0"),
         ({"alpha": float("nan")}, "alpha must be at least 0, got nan"),
         ({"router_loss": "none"}, "router_loss must be trades or pseudo_label, got 'none'"),
+        ({"aim": "dlr"}, "aim must be kl or ce, got 'dlr'"),
         ({"minibatches": "three"}, "minibatches must be one or two, got 'three'"),
     ],
 )
@@ -254,7 +255,7 @@ class Slow:
             gates.network_BE = gates.of(gates.scores[0])
         return self.net.body(x_BCHW, gates), torch.stack(gates.scores, 1)
 
-    def attack(self, x_BCHW: Tensor, *, whole: bool) -> Tensor:
+    def attack(self, x_BCHW: Tensor, y_B: Tensor, *, whole: bool) -> Tensor:
         """x' of an attack on the network in eval mode, without the straight-through gradient."""
         self.net.eval()
         with torch.no_grad():
@@ -265,8 +266,10 @@ class Slow:
             moved = moved.detach().requires_grad_()
             now = self.run(moved, straight_through=False)
             height = divergence(clean[1], now[1]).mean(1).sum()
-            if whole:
+            if whole and self.a.aim == "kl":
                 height = height + divergence(clean[0], now[0]).sum()
+            elif whole:
+                height = height + len(y_B) * entropy(now[0], y_B)
             (gradient,) = torch.autograd.grad(height, moved)
             moved = moved.detach() + STEP * gradient.sign()
             moved = torch.minimum(torch.maximum(moved, x_BCHW - EPS), x_BCHW + EPS).clamp(0, 1)
@@ -275,7 +278,7 @@ class Slow:
 
     def experts(self, x_BCHW: Tensor, y_B: Tensor) -> None:
         """``min over phi of CE + beta KL``, the router in eval mode and without a gradient."""
-        moved = self.attack(x_BCHW, whole=True)
+        moved = self.attack(x_BCHW, y_B, whole=True)
         for gate in self._routers():
             gate.eval()
         clean, other = (self.run(x, straight_through=False) for x in (x_BCHW, moved))
@@ -284,7 +287,7 @@ class Slow:
 
     def router(self, x_BCHW: Tensor, y_B: Tensor) -> None:
         """``min over psi``; the experts normalize by the batch, whose statistics are not kept."""
-        moved = self.attack(x_BCHW, whole=self.a.router_loss == "trades")
+        moved = self.attack(x_BCHW, y_B, whole=self.a.router_loss == "trades")
         before = {name: b.clone() for name, b in self.net.body.named_buffers()}
         clean, other = (self.run(x, straight_through=True) for x in (x_BCHW, moved))
         if self.a.router_loss == "trades":
@@ -331,16 +334,16 @@ def entropy(z_BK: Tensor, y_B: Tensor) -> Tensor:
 
 @BOTH_SCOPES
 @pytest.mark.parametrize(
-    ("router_loss", "minibatches"),
+    ("router_loss", "minibatches", "aim"),
     [
-        ("trades", "one"),
-        ("pseudo_label", "one"),
-        ("trades", "two"),
-        ("pseudo_label", "two"),
+        ("trades", "one", "kl"),
+        ("pseudo_label", "one", "ce"),
+        ("trades", "two", "ce"),
+        ("pseudo_label", "two", "kl"),
     ],
 )
 def test_adv_moe_is_its_slow_definition(
-    build: Callable[..., Network], router_loss: Any, minibatches: Any, scope: str
+    build: Callable[..., Network], router_loss: Any, minibatches: Any, aim: Any, scope: str
 ) -> None:
     model = build(ratio=0.0625, num_experts=3, router_scope=scope).double()
     algorithm = AdvMoE(
@@ -348,6 +351,7 @@ def test_adv_moe_is_its_slow_definition(
         alpha=1.5,
         router_loss=router_loss,
         minibatches=minibatches,
+        aim=aim,
         attack=PGD(eps=EPS, step_size=STEP, steps=2, start="gaussian"),
     )
     state, slow = training(model, seed=5), Slow(model, algorithm, seed=5)
