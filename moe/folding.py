@@ -23,9 +23,10 @@ def fold(model: Network, *, gate_gradient: bool = False) -> Network:
 
     Args:
         gate_gradient: Whether input gradients take the straight-through path into the router
-            too. Without it they are the true gradients of the deployed network. With it a router
-            of large scores drowns them: a collapsed router on digits (eps 0.1) left 96% standing
-            under PGD-50 with it and 57% without.
+            too. Without it they are the true gradients of the deployed network, whose gates are
+            constant almost everywhere. With it a router of large scores drowns them: a digits net
+            with a collapsed router (seed 0, eps 0.1, 359 images) left 96% standing under PGD-50
+            with it, and 57% under the same attack along the clean route.
     """
     frozen = _fold(model)
     frozen.gate_gradient = gate_gradient

@@ -22,9 +22,9 @@ USAGE = """
 usage: python -m pipeline.bench [NAME] [key=value ...] [--list] [--help]
 
 Time the sparse mixture against every expert masked, as published code computes it, and against
-the dense net. All variants do their work in turn, in one process; times are medians over rounds.
-Ratios are medians of each round's own ratio: they stand on a busy machine, seconds do not.
-Without a name: all benchmarks, about two minutes on two cores.
+the dense net. All variants take turns in one process; seconds are medians over all turns, and
+ratios medians of each turn's own ratio, which a busy machine moves less. Measure on a quiet one
+with all its cores, or with threads=1. Without a name: all benchmarks, two minutes on two cores.
 
   inference  classify a batch: folded and sorted, masked, dense plain, dense folded
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES

@@ -47,6 +47,7 @@ def inference(settings: Settings) -> Benchmark:
             DENSE_FOLDED: calm(dense_fast, nhwc_BCHW),
         },
         notes=notes,
+        turns=3,
     )
 
 

@@ -28,11 +28,13 @@ class Benchmark:
         title: What is timed.
         variants: By name.
         notes: Called after all rounds; lines that say whether the variants agree.
+        turns: How often each variant has its turn in a round; more where a call is short.
     """
 
     title: str
     variants: Mapping[str, Variant]
     notes: Callable[[], list[str]]
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Outcome:
 
     Attributes:
         gmac: 10^9 multiply-accumulates of one call.
-        seconds: One time a round.
+        seconds: One time a turn.
     """
 
     gmac: dict[str, float] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Outcome:
         return median(self.seconds[name])
 
     def speedup(self, name: str, over: str) -> float:
-        """How many times faster a variant is than another: median of the rounds' own ratios."""
+        """How many times faster a variant is than another: median of the turns' own ratios."""
         pairs = zip(self.seconds[over], self.seconds[name], strict=True)
         return median(slow / fast for slow, fast in pairs)
 
@@ -71,7 +73,7 @@ def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> Ou
         outcome.gmac[name] = counter.flops / 2e9
     for done in range(rounds):
         tell(f"round {done + 1} of {rounds}")
-        for name, variant in benchmark.variants.items():
+        for name, variant in [*benchmark.variants.items()] * benchmark.turns:
             variant.before()
             outcome.seconds[name].append(seconds(variant.work))
     return outcome

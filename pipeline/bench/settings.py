@@ -27,7 +27,7 @@ class Settings:
             the full width.
         router_loss, attack_steps: Of the AdvMoE update.
         batch, image_size: Images a call, and their side in pixels.
-        rounds: Timed calls of each variant.
+        rounds: In which each variant of ``step`` has one turn, and of ``inference`` three.
         threads: CPU threads; as many as torch takes by itself unless said.
         device: Where the networks run.
 
@@ -43,7 +43,7 @@ class Settings:
     attack_steps: int = 2
     batch: int = 128
     image_size: int = 32
-    rounds: int = 5
+    rounds: int = 3
     threads: int = field(default_factory=torch.get_num_threads)
     device: Literal["cpu", "cuda"] = "cpu"
 

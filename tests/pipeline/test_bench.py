@@ -186,11 +186,11 @@ def test_race_takes_turns_prepares_every_call_and_counts_operations() -> None:
 
         return Variant(work, lambda: events.append(f"before {name}"))
 
-    benchmark = Benchmark("", {"a": variant("a"), "b": variant("b")}, notes=list)
-    outcome = race(benchmark, 2, lambda _: None)
-    assert events == ["before a", "a", "before b", "b"] * 3
+    benchmark = Benchmark("", {"a": variant("a"), "b": variant("b")}, notes=list, turns=2)
+    outcome = race(benchmark, 3, lambda _: None)
+    assert events == ["before a", "a", "before b", "b"] * (1 + 3 * 2)
     assert outcome.gmac == {"a": 30 / 1e9, "b": 30 / 1e9}
-    assert [len(times) for times in outcome.seconds.values()] == [2, 2]
+    assert [len(times) for times in outcome.seconds.values()] == [6, 6]
 
 
 def test_race_counts_gradients_of_images_alone(build: Any) -> None:
@@ -206,7 +206,7 @@ def test_race_counts_gradients_of_images_alone(build: Any) -> None:
     assert outcome.gmac["attack"] == 2 * 4 * 3 * 9 * 25 / 1e9
 
 
-def test_speedup_is_the_median_of_the_rounds_own_ratios() -> None:
+def test_speedup_is_the_median_of_the_turns_own_ratios() -> None:
     outcome = Outcome(seconds={"ours": [1.0, 1.0, 9.0], "slow": [2.0, 3.0, 36.0]})
     assert outcome.speedup("ours", "slow") == 3.0
     assert outcome.median("slow") == 3.0
