@@ -17,7 +17,8 @@ from pipeline.measures import Evaluation
 def quickstart() -> Config:
     """AdvMoE on scikit-learn's digits, two workers, no download.
 
-    ``python -m pipeline.train``. Ours, from no paper: it shows that everything works.
+    ``python -m pipeline.train``. Ours, from no paper: it shows that everything works. Seen once
+    (seed 0, 359 test images, eps 0.1): SA 98.6, RA under PGD-50 89.1, worst case 83.3.
     """
     attack = PGD(eps=0.1, step_size=0.06, steps=2, start="gaussian")
     return Config(
@@ -38,6 +39,8 @@ def adv_moe_cifar10_small() -> Config:
 
     ``python -m pipeline.train adv_moe_cifar10_small workers=2``. Ours, from no paper. In bf16,
     which wants a CPU with AMX or a GPU; elsewhere ``precision=fp32`` takes about twice as long.
+    Seen once (seed 0, 17,100 training and 8,000 test images of a subset): SA 51.5, RA under PGD-50
+    29.6, worst case 25.0; 15 minutes of training on 2 cores, and the attacks at the end.
     """
     return Config(
         name="adv_moe_cifar10_small",

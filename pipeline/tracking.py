@@ -10,6 +10,7 @@ import re
 import shlex
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -510,16 +511,22 @@ def log_torch_model(
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
-        logged = mlflow.pytorch.log_model(
-            module,
-            name=name,
-            model_id=model.model_id,
-            run_id=run_id,
-            serialization_format="pt2",
-            input_example=example_BCHW,
-            signature=mlflow.models.infer_signature(example_BCHW, logits_BK),
-            pip_requirements=[f"{key}=={value.split('+')[0]}" for key, value in versions.items()],
-        )
+        with (
+            warnings.catch_warnings()
+        ):  # torch's archive writer warns of weights that share storage
+            warnings.simplefilter("ignore", UserWarning)
+            logged = mlflow.pytorch.log_model(
+                module,
+                name=name,
+                model_id=model.model_id,
+                run_id=run_id,
+                serialization_format="pt2",
+                input_example=example_BCHW,
+                signature=mlflow.models.infer_signature(example_BCHW, logits_BK),
+                pip_requirements=[
+                    f"{key}=={value.split('+')[0]}" for key, value in versions.items()
+                ],
+            )
     finally:
         mlflow.set_tracking_uri(before)
     return str(logged.model_uri)
