@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from moe.normalize import Normalize
 from moe.routing import Route, Routed, Routing, at_least_float32
 
-PIECE = 32  # images that one expert runs end to end at a time on a CPU: activations stay in cache
+PIECE = 32  # images that run end to end at a time on a CPU: activations stay in cache
 
 
 class Network(nn.Module):
     """Normalization, router and body of a dense or mixture classifier.
 
-    Training runs layer by layer over the whole batch, which BatchNorm must see. In eval mode each
-    expert's images run end to end, in cache-sized pieces on a CPU.
+    Training runs layer by layer over the whole batch, which BatchNorm must see. In eval mode the
+    router, and then each expert with its images, run end to end, in cache-sized pieces on a CPU.
 
     Args:
         body: Module ``(x_BCHW, routing) -> logits (B, K)``.
@@ -88,19 +88,23 @@ class Network(nn.Module):
         """Score the experts on normalized images: (B, E), zeros (B, 1) for a dense net."""
         if self.router is None:
             return x_BCHW.new_zeros(len(x_BCHW), 1)
-        scores_BE: Tensor = self.router(x_BCHW)
-        return at_least_float32(scores_BE)
+        parts = [x_BCHW] if self.router.training else x_BCHW.split(_piece(x_BCHW))
+        return at_least_float32(torch.cat([self.router(part) for part in parts]))
 
     def _follow(self, x_BCHW: Tensor, route: Route) -> Tensor:
         x_BCHW = x_BCHW[route.order_B] if len(route.counts) > 1 else x_BCHW
         if self.body.training:
             logits_BK = self.body(x_BCHW, Routing(route))
         else:
-            size = PIECE if x_BCHW.device.type == "cpu" else len(x_BCHW)
-            parts = [self.body(x_BCHW[rows], Routing(own)) for rows, own in route.pieces(size)]
+            cuts = route.pieces(_piece(x_BCHW))
+            parts = [self.body(x_BCHW[rows], Routing(own)) for rows, own in cuts]
             logits_BK = torch.cat(parts)
         back_BK: Tensor = logits_BK[route.inverse_B] if len(route.counts) > 1 else logits_BK
         return back_BK
+
+
+def _piece(x_BCHW: Tensor) -> int:
+    return PIECE if x_BCHW.device.type == "cpu" else max(1, len(x_BCHW))
 
 
 def is_router_parameter(name: str) -> bool:

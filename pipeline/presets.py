@@ -38,16 +38,17 @@ def adv_moe_cifar10_small() -> Config:
     """AdvMoE on CIFAR-10 with a small backbone: the main job at a laptop's size.
 
     ``python -m pipeline.train adv_moe_cifar10_small workers=2``. Ours, from no paper. In bf16,
-    which wants a CPU with AMX or a GPU; elsewhere ``precision=fp32`` takes about twice as long.
-    Seen once (seed 0, 17,100 training and 8,000 test images of a subset): SA 51.5, RA under PGD-50
-    29.6, worst case 25.0; 15 minutes of training on 2 cores, and the attacks at the end.
+    which wants a CPU with AMX or AVX512-BF16, or a GPU.
+    Seen once (seed 0, 17,100 training and 8,000 test images of a subset): SA 49.1, RA under PGD-50
+    30.3, worst case 26.1; 14 minutes on 2 cores of an EPYC (Zen 5), of which the attacks at the end
+    took 6.
     """
     return Config(
         name="adv_moe_cifar10_small",
         dataset=Cifar10(validation=0.05, pad=2),
         backbone=Small(),
-        algorithm=AdvMoE(router_loss="pseudo_label", aim="ce"),
-        epochs=16,
+        algorithm=AdvMoE(router_loss="pseudo_label", aim="ce", beta=9.0),
+        epochs=14,
         batch_size=128,
         precision="bf16",
         lr=0.15,

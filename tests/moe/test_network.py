@@ -85,7 +85,8 @@ def test_network_equals_its_masked_twin_with_all_gradients(
     for key, parameter in named.items():
         exact(parameter.grad, twins[key].grad, scale)
         assert parameter.grad is not None
-        assert parameter.grad.any()
+        if not (training and key.endswith("gate.linear.bias")):  # its BatchNorm takes it away again
+            assert parameter.grad.any()
     for one, other in zip(model.buffers(), twin.buffers(), strict=True):
         exact(one, other)
 
