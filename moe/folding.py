@@ -18,8 +18,10 @@ def fold(model: Network, *, gate_gradient: bool = False) -> Network:
     """Copy a model for evaluation; the original is neither touched nor kept alive by gradients.
 
     In eval mode ``BN(W conv x) = (s W) conv x + (b - s m)``, ``s = gamma / sqrt(var + 1e-5)``, so
-    the copy computes the same function with one operation less a layer. Parameters are detached
-    and frozen; attacks on the copy compute input gradients only.
+    the copy computes the same function with one operation less a layer. A BatchNorm that follows
+    no convolution (that of a pre-activation block) has the activation behind it, and stays as a
+    frozen scale and shift. Parameters are detached and frozen; attacks on the copy compute input
+    gradients only.
 
     Args:
         gate_gradient: Whether input gradients take the straight-through path into the router
@@ -36,6 +38,8 @@ def fold(model: Network, *, gate_gradient: bool = False) -> Network:
 def _fold(module: M) -> M:
     if isinstance(module, ConvNorm):
         return _fold_conv_norm(module)  # type: ignore[return-value]
+    if isinstance(module, nn.BatchNorm2d):
+        return _ScaleShift(module).eval()  # type: ignore[return-value]
     clone = _shallow(module)
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else _fold(child)
@@ -58,14 +62,33 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _fold_conv_norm(layer: ConvNorm) -> ConvNorm:
-    norm = layer.norm
+class _ScaleShift(nn.Module):
+    """What a BatchNorm amounts to in eval mode: ``scale * x + shift``, one pair a channel."""
+
+    scale_C11: Tensor
+    shift_C11: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        for name, value_C in zip(("scale_C11", "shift_C11"), _scale_and_shift(norm), strict=True):
+            self.register_buffer(name, value_C.view(-1, 1, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        scale_C11, shift_C11 = self.scale_C11.to(x_BCHW.dtype), self.shift_C11.to(x_BCHW.dtype)
+        return torch.addcmul(shift_C11, x_BCHW, scale_C11)
+
+
+@torch.no_grad()
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    with torch.no_grad():
-        scale_D = norm.weight / (norm.running_var + norm.eps).sqrt()
-        bias_D = norm.bias - scale_D * norm.running_mean
+    scale_C = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale_C, norm.bias - scale_C * norm.running_mean
+
+
+def _fold_conv_norm(layer: ConvNorm) -> ConvNorm:
+    scale_D, bias_D = _scale_and_shift(layer.norm)
     clone, conv = _shallow(layer), _fold(layer.conv)
     if isinstance(conv, MoEConv2d):
         scale_F = scale_D.repeat(conv.num_experts)
