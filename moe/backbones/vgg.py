@@ -83,7 +83,8 @@ class VGG16:
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""
         act, make = ACTIVATIONS[self.activation], mixture(self.num_experts, self.router_scope)
-        stages, channels = [], 3
+        stages: list[list[ConvNorm]] = []
+        channels = 3
         for width, depth in STAGES:
             stages.append([])
             for _ in range(depth):
