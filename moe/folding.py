@@ -6,6 +6,7 @@ import copy
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers import ConvNorm, MoEConv2d
@@ -63,19 +64,26 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class _ScaleShift(nn.Module):
-    """What a BatchNorm amounts to in eval mode: ``scale * x + shift``, one pair a channel."""
+    """What a BatchNorm amounts to in eval mode: ``scale * x + shift``, one pair a channel.
 
-    scale_C11: Tensor
-    shift_C11: Tensor
+    In bf16 by BatchNorm's own kernel, which keeps the pair in fp32 and took 0.4 ms on a CPU where
+    the product took 6; in fp32 the product's gradient takes less than half of BatchNorm's.
+    """
+
+    scale_C: Tensor
+    shift_C: Tensor
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
-        for name, value_C in zip(("scale_C11", "shift_C11"), _scale_and_shift(norm), strict=True):
-            self.register_buffer(name, value_C.view(-1, 1, 1))
+        for name, value_C in zip(("scale_C", "shift_C"), _scale_and_shift(norm), strict=True):
+            self.register_buffer(name, value_C)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        scale_C11, shift_C11 = self.scale_C11.to(x_BCHW.dtype), self.shift_C11.to(x_BCHW.dtype)
-        return torch.addcmul(shift_C11, x_BCHW, scale_C11)
+        scale_C, shift_C = self.scale_C, self.shift_C
+        if x_BCHW.element_size() < scale_C.element_size():
+            mean_C, var_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
+            return F.batch_norm(x_BCHW, mean_C, var_C, scale_C, shift_C, eps=0.0)
+        return torch.addcmul(shift_C.view(-1, 1, 1), x_BCHW, scale_C.view(-1, 1, 1))
 
 
 @torch.no_grad()
