@@ -53,14 +53,13 @@ class _GatheredConv(nn.Module):
 
     def __init__(self, conv: MoEConv2d):
         super().__init__()
-        assert conv.bias_D is not None, "only a folded layer has a bias"
         self.stride, self.padding, self.gate = conv.stride, conv.padding, conv.gate
         filters = conv.weight_FCRR.shape[1:]
         weight_EDCRR = conv.weight_FCRR.view(conv.num_experts, -1, *filters)
         self.register_buffer("weight_EDCRR", weight_EDCRR.contiguous())
         self.register_buffer("bias_D", conv.bias_D)
         self.weight_EDCRR: Tensor
-        self.bias_D: Tensor
+        self.bias_D: Tensor | None  # none where no BatchNorm followed
 
     def forward(self, x_BCHW: Tensor, chosen_B: Tensor | None) -> Tensor:
         if len(self.weight_EDCRR) == 1:
@@ -76,13 +75,16 @@ class _GatheredConv(nn.Module):
             self.padding,
             groups=images,
         )
-        return y_1FPQ.view(images, -1, *y_1FPQ.shape[2:]) + self.bias_D.view(1, -1, 1, 1)
+        y_BDPQ = y_1FPQ.view(images, -1, *y_1FPQ.shape[2:])
+        return y_BDPQ if self.bias_D is None else y_BDPQ + self.bias_D.view(1, -1, 1, 1)
 
 
 def _gathered(module: nn.Module) -> nn.Module:
     """Replace the mixture convolutions of a folded body, in place; return what replaces it."""
     if isinstance(module, ConvNorm) and isinstance(module.conv, MoEConv2d):
         return _GatheredConv(module.conv)
+    if isinstance(module, MoEConv2d):
+        return _GatheredConv(module)
     for name, child in module.named_children():
         setattr(module, name, _gathered(child))
     return module

@@ -6,6 +6,7 @@ import copy
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers import ConvNorm, MoEConv2d
@@ -18,8 +19,10 @@ def fold(model: Network, *, gate_gradient: bool = False) -> Network:
     """Copy a model for evaluation; the original is neither touched nor kept alive by gradients.
 
     In eval mode ``BN(W conv x) = (s W) conv x + (b - s m)``, ``s = gamma / sqrt(var + 1e-5)``, so
-    the copy computes the same function with one operation less a layer. Parameters are detached
-    and frozen; attacks on the copy compute input gradients only.
+    the copy computes the same function with one operation less a layer. A BatchNorm that follows
+    no convolution (that of a pre-activation block) has the activation behind it, and stays as a
+    frozen scale and shift. Parameters are detached and frozen; attacks on the copy compute input
+    gradients only.
 
     Args:
         gate_gradient: Whether input gradients take the straight-through path into the router
@@ -36,6 +39,8 @@ def fold(model: Network, *, gate_gradient: bool = False) -> Network:
 def _fold(module: M) -> M:
     if isinstance(module, ConvNorm):
         return _fold_conv_norm(module)  # type: ignore[return-value]
+    if isinstance(module, nn.BatchNorm2d):
+        return _ScaleShift(module).eval()  # type: ignore[return-value]
     clone = _shallow(module)
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else _fold(child)
@@ -58,14 +63,40 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _fold_conv_norm(layer: ConvNorm) -> ConvNorm:
-    norm = layer.norm
+class _ScaleShift(nn.Module):
+    """What a BatchNorm amounts to in eval mode: ``scale * x + shift``, one pair a channel.
+
+    In bf16 by BatchNorm's own kernel, which keeps the pair in fp32 and took 0.4 ms on a CPU where
+    the product took 6; in fp32 the product's gradient takes less than half of BatchNorm's.
+    """
+
+    scale_C: Tensor
+    shift_C: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        for name, value_C in zip(("scale_C", "shift_C"), _scale_and_shift(norm), strict=True):
+            self.register_buffer(name, value_C)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        scale_C, shift_C = self.scale_C, self.shift_C
+        if x_BCHW.element_size() < scale_C.element_size():
+            mean_C, var_C = torch.zeros_like(scale_C), torch.ones_like(scale_C)
+            return F.batch_norm(x_BCHW, mean_C, var_C, scale_C, shift_C, eps=0.0)
+        return torch.addcmul(shift_C.view(-1, 1, 1), x_BCHW, scale_C.view(-1, 1, 1))
+
+
+@torch.no_grad()
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    with torch.no_grad():
-        scale_D = norm.weight / (norm.running_var + norm.eps).sqrt()
-        bias_D = norm.bias - scale_D * norm.running_mean
+    scale_C = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale_C, norm.bias - scale_C * norm.running_mean
+
+
+def _fold_conv_norm(layer: ConvNorm) -> ConvNorm:
+    scale_D, bias_D = _scale_and_shift(layer.norm)
     clone, conv = _shallow(layer), _fold(layer.conv)
     if isinstance(conv, MoEConv2d):
         scale_F = scale_D.repeat(conv.num_experts)

@@ -104,15 +104,16 @@ def sorted_conv2d(
     ``y_b = g_b (W_e(b) conv x_b) + bias`` with gates of one; ``weight_FCRR`` stacks the experts,
     F = E * D. Follows autocast like ``torch.nn.functional.conv2d``.
     """
-    device = x_BCHW.device.type
-    if torch.is_autocast_enabled(device):
+    device, settings = x_BCHW.device.type, {"stride": stride, "padding": padding}
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_BCHW, weight_FCRR = x_BCHW.to(dtype), weight_FCRR.to(dtype)
         bias_D = bias_D if bias_D is None else bias_D.to(dtype)
-    with torch.autocast(device, enabled=False):
-        y: Tensor = _SortedConv.apply(  # type: ignore[no-untyped-call]
-            x_BCHW, weight_FCRR, bias_D, route.gate_B, list(route.counts), stride, padding
-        )
+        with torch.autocast(device, enabled=False):
+            return sorted_conv2d(x_BCHW, weight_FCRR, bias_D, route, **settings)
+    y: Tensor = _SortedConv.apply(  # type: ignore[no-untyped-call]
+        x_BCHW, weight_FCRR, bias_D, route.gate_B, list(route.counts), stride, padding
+    )
     return y
 
 

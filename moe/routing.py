@@ -76,7 +76,10 @@ class Route:
         batch, experts = scores_BE.shape
         if chosen_B.shape != (batch,):
             raise ValueError(f"route has shape {tuple(chosen_B.shape)}, want {(batch,)}")
-        counts = torch.bincount(chosen_B, minlength=experts).tolist()
+        if chosen_B.is_meta:  # no numbers, only shapes to count by: see moe.cost
+            counts = [batch, *[0] * (experts - 1)]
+        else:
+            counts = torch.bincount(chosen_B, minlength=experts).tolist()
         if len(counts) > experts:
             raise ValueError(f"route names expert {len(counts) - 1}, valid are 0 to {experts - 1}")
         order_B = chosen_B.argsort(stable=True)

@@ -2,8 +2,12 @@
 
 from typing import Literal, Protocol
 
+from moe.backbones.densenet import DenseNet
+from moe.backbones.parts import Activation
 from moe.backbones.resnet import ResNet18
 from moe.backbones.small import Small
+from moe.backbones.vgg import VGG16
+from moe.backbones.wide_resnet import WideResNet
 from moe.network import Network
 
 RouterScope = Literal["shared", "per_layer"]
@@ -22,6 +26,8 @@ class Backbone(Protocol):
     def ratio(self) -> float: ...
     @property
     def router_scope(self) -> RouterScope: ...
+    @property
+    def activation(self) -> Activation: ...
 
     def build(self, num_classes: int, image_size: int) -> Network: ...
 
@@ -29,4 +35,7 @@ class Backbone(Protocol):
 BACKBONES: dict[str, type[Backbone]] = {
     "resnet18": ResNet18,
     "small": Small,
+    "wrn28_10": WideResNet,
+    "vgg16": VGG16,
+    "densenet": DenseNet,
 }

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.backbones.parts import BasicBlock, assemble, check, mixture, plain, scaled
+from moe.backbones.parts import (
+    ACTIVATIONS,
+    Activation,
+    BasicBlock,
+    assemble,
+    check,
+    mixture,
+    plain,
+    scaled,
+)
 from moe.backbones.resnet import ResidualBody
 from moe.network import Network
 from moe.routers import ImageRouter
@@ -23,26 +32,29 @@ class Small:
         num_experts: 1 is a dense net.
         ratio: Width of one expert over the dense width, in (0, 1].
         router_scope: One route for the network, or one a layer.
+        activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
     num_experts: int = 2
     ratio: float = 0.5
     router_scope: Literal["shared", "per_layer"] = "shared"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope)
+        check(self.num_experts, self.ratio, self.router_scope, self.activation)
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""
-        make, blocks = mixture(self.num_experts, self.router_scope), []
+        make, act = mixture(self.num_experts, self.router_scope), ACTIVATIONS[self.activation]
         channels = stem = scaled(48, self.ratio) if self.num_experts == 1 else 48
+        blocks = []
         for stage, width in enumerate((96, 192, 384)):
             out = scaled(width, self.ratio)
-            blocks.append(BasicBlock(channels, out, 2 if stage else 1, make, plain))
+            blocks.append(BasicBlock(channels, out, 2 if stage else 1, make, plain, act))
             channels = out
         halve = 2 if image_size >= 32 else 1
         return assemble(
-            ResidualBody(plain(3, stem, 3, halve), blocks, channels, num_classes, False),
+            ResidualBody(plain(3, stem, 3, halve), blocks, channels, num_classes, False, act),
             lambda: ImageRouter(self.num_experts, blocks=1, widths=(8, 16, 32), max_side=16),
             num_experts=self.num_experts,
             router_scope=self.router_scope,

@@ -1,11 +1,16 @@
 """Every backbone of the registry: shapes, parameter groups, dense twins, refused settings."""
 
+import math
+from collections import Counter
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.backbones import BACKBONES
+from moe.backbones.parts import ACTIVATIONS
 from moe.layers import MoEConv2d
 from moe.network import is_router_parameter
 
@@ -68,6 +73,57 @@ def test_experts_of_a_mixture_are_as_wide_as_the_ratio_says(name: str) -> None:
     assert widths(1, 0.25) == [width // 4 for width in full]
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("size", [33, 64, 65])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forms_for_larger_images_classify_and_normalize_as_their_data_do(
+    name: str, size: int, scope: str
+) -> None:
+    model = BACKBONES[name](ratio=0.0625 if size > 64 else 0.125, router_scope=scope).build(7, size)
+    with torch.no_grad():
+        assert model.eval()(torch.rand(2, 3, size, size)).logits.shape == (2, 7)
+    large = size > 64 and name != "small"
+    assert float(model.normalize.mean[0, 0]) == pytest.approx(0.485 if large else 0.4914)
+
+
+class Activations(TorchDispatchMode):
+    """Count the activations of a forward pass by their name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = func.overloadpacket.__name__
+        self.found.update([name] if name.rstrip("_") in ACTIVATIONS else [])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [32, 65])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_activation_is_the_same_everywhere_and_relu_is_in_place(name: str, size: int) -> None:
+    def used(activation: str) -> dict[str, int]:
+        backbone = BACKBONES[name](num_experts=1, activation=activation)
+        with torch.device("meta"), torch.no_grad(), Activations() as mode:
+            backbone.build(4, size).eval()(torch.zeros(1, 3, size, size))
+        return mode.found
+
+    times = used("relu")["relu_"]
+    assert times > 0
+    assert used("relu") == {"relu_": times}
+    assert used("silu") == {"silu": times}
+    assert used("softplus") == {"softplus": times}
+
+
+def test_softplus_stays_within_seven_hundredths_above_relu() -> None:
+    x = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    gap = ACTIVATIONS["softplus"](x.clone()) - ACTIVATIONS["relu"](x.clone())
+    assert gap.max() == gap[500] == pytest.approx(math.log(2) / 10)
+    assert gap.min() >= 0
+
+
 def test_only_thin_dense_nets_and_large_images_have_a_thin_stem() -> None:
     def stem(num_experts: int, size: int) -> int:
         model = BACKBONES["resnet18"](num_experts=num_experts, ratio=0.5).build(4, size)
@@ -85,6 +141,7 @@ def test_only_thin_dense_nets_and_large_images_have_a_thin_stem() -> None:
         ({"ratio": float("nan")}, "ratio must be above 0 and at most 1, got nan"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"router_scope": "x"}, "router_scope must be shared or per_layer, got 'x'"),
+        ({"activation": "x"}, "activation must be relu, silu or softplus, got 'x'"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_what_is_valid(
@@ -92,6 +149,11 @@ def test_settings_out_of_range_are_refused_with_what_is_valid(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         BACKBONES[name](**settings)
+
+
+def test_width_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        BACKBONES["resnet18"](width=0)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -23,6 +23,11 @@ NETS = {
         "router_scope": "per_layer",
     },
     "resnet18 above 64 px": {"backbone": "resnet18", "size": 65, "ratio": 0.125},
+    "wrn28_10, shared": {"backbone": "wrn28_10", "size": 16, "ratio": 0.0625},
+    "wrn28_10 above 64 px": {"backbone": "wrn28_10", "size": 65, "ratio": 0.0625},
+    "vgg16, shared": {"backbone": "vgg16", "size": 16, "ratio": 0.125, "num_experts": 3},
+    "densenet, per layer": {"backbone": "densenet", "ratio": 0.25, "router_scope": "per_layer"},
+    "densenet, dense": {"backbone": "densenet", "ratio": 0.25, "num_experts": 1},
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from moe.folding import fold
+from moe.folding import _fold, fold
 from moe.network import Network
 
 NETS = {
@@ -18,6 +18,14 @@ NETS = {
     "resnet18": {"backbone": "resnet18", "size": 16},
     "resnet18, per layer": {"backbone": "resnet18", "router_scope": "per_layer"},
     "resnet18 above 64 px": {"backbone": "resnet18", "size": 65},
+    "wrn28_10": {"backbone": "wrn28_10"},
+    "wrn28_10, per layer": {"backbone": "wrn28_10", "router_scope": "per_layer"},
+    "wrn28_10 above 64 px": {"backbone": "wrn28_10", "size": 65},
+    "vgg16": {"backbone": "vgg16", "num_experts": 3},
+    "densenet": {"backbone": "densenet", "ratio": 0.25},
+    "densenet, dense": {"backbone": "densenet", "ratio": 0.25, "num_experts": 1},
+    "densenet above 64 px": {"backbone": "densenet", "size": 65},
+    "small, silu": {"activation": "silu"},
 }
 
 
@@ -124,10 +132,36 @@ def test_folded_copy_follows_a_given_route(build: Any) -> None:
     assert_close(fold(model).along(x_BCHW, route), model.along(x_BCHW, route))
 
 
-def test_later_updates_of_the_original_do_not_reach_folded_convolutions(build: Any) -> None:
-    model, x_BCHW = made(build, "small").double(), images("small")
+@pytest.mark.parametrize("name", ["small", "wrn28_10"])
+def test_later_updates_of_the_original_do_not_reach_what_is_folded(build: Any, name: str) -> None:
+    model, x_BCHW = made(build, name).double(), images(name)
     folded = fold(model)
     want = folded.along(x_BCHW, torch.zeros(9, dtype=torch.int64))
-    for parameter in model.body.blocks.parameters():
-        parameter.data.mul_(2)
+    norms = [m for m in model.body.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            assert values is not None
+            values.data.mul_(2)
     assert torch.equal(folded.along(x_BCHW, torch.zeros(9, dtype=torch.int64)), want)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_that_stays_keeps_type_and_layout_and_is_that_of_eval_mode(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5)
+    for values in (norm.weight, norm.running_var):
+        assert values is not None
+        nn.init.uniform_(values, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    x_BCHW = torch.randn(3, 5, 4, 4).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    found, want = _fold(norm)(x_BCHW), norm.eval()(x_BCHW)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=layout)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    assert_close(found, want, rtol=tolerance, atol=tolerance)
+    weights = torch.randn_like(want)
+    grads = [torch.autograd.grad((y * weights).sum(), x_BCHW)[0] for y in (found, want)]
+    assert_close(*grads, rtol=tolerance, atol=tolerance)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe.backbones import BACKBONES
 from moe.network import Network
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
@@ -127,9 +128,23 @@ def test_plain_update_and_ours_end_in_the_same_network(
     build: Any, num_experts: int, scope: str, router_loss: Any
 ) -> None:
     model = build(ratio=0.125, num_experts=num_experts, router_scope=scope).double()
-    algorithm = AdvMoE(attack=ATTACK, router_loss=router_loss)
+    update_both(model, AdvMoE(attack=ATTACK, router_loss=router_loss), 2)
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "small"])
+def test_plain_update_and_ours_end_in_the_same_network_of_every_backbone(
+    build: Any, name: str, scope: str
+) -> None:
+    ratio = 0.25 if name == "densenet" else 0.125  # 3 channels a layer, not one
+    model = build(backbone=name, ratio=ratio, router_scope=scope, activation="silu").double()
+    update_both(model, AdvMoE(attack=ATTACK, router_loss="pseudo_label"), 1)
+
+
+def update_both(model: Network, algorithm: AdvMoE, updates: int) -> None:
+    """Compare updates of a network: both halves, weights and statistics."""
     ours, plain = pair(model)
-    for _ in range(2):  # the second update starts from moved statistics and with momentum
+    for _ in range(updates):  # the second update starts from moved statistics and with momentum
         algorithm.step(ours, IMAGES, LABELS)
         plain_adv_moe(algorithm, plain.model, plain.optimizers, IMAGES, LABELS, plain.noise)
     after, want = ours.model.state_dict(), plain.model.state_dict()

@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "backbone.num_experts": 3,
     "backbone.ratio": 0.25,
     "backbone.router_scope": "per_layer",
+    "backbone.activation": "silu",
     "algorithm": "trades",
     "algorithm.beta": 3.0,
     "algorithm.alpha": 2.0,
