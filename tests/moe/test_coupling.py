@@ -129,7 +129,7 @@ def test_resnet18_has_one_stream_a_stage_and_one_group_a_block() -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_reader_of_a_backbone_reads_channels_that_its_layers_write(name: str) -> None:
-    body = BACKBONES[name](num_experts=1, ratio=0.0625).build(4, 32).body.eval()
+    body = BACKBONES[name](num_experts=1, ratio=0.125).build(4, 32).body.eval()
     coupling = couple(body, 32)
     layers = layers_of(body)
     assert coupling.writes.keys() == layers.keys() <= coupling.reads.keys()
