@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.diagnostics import load
 from pipeline import checkpoint
+from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.loading import Splits, augment, epoch_order, to_float
 from pipeline.final import finish
@@ -157,6 +158,8 @@ def train_epoch(
             save(config, folder, session, state, progress, update)
     values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
+    if isinstance(config.algorithm, Staged):
+        values["train/stage"] = float(progress.stage)
     values |= validate(config, session, state, splits)
     progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
     progress.sums = {}

@@ -243,7 +243,9 @@ def test_checkpoints_hold_the_network_of_their_stage(straight: tuple[Path, Event
 def test_result_is_the_small_net_selected_among_small_nets(straight: tuple[Path, Events]) -> None:
     folder, events = straight
     best = checkpoint.verify(folder / "checkpoints" / "best")
-    accuracies = [event["values"]["val/ra"] for event in events if event["kind"] == "epoch"]
+    epochs = [event["values"] for event in events if event["kind"] == "epoch"]
+    assert [values["train/stage"] for values in epochs] == [0, 1, 2, 2]
+    accuracies = [values["val/ra"] for values in epochs]
     late = accuracies[2:]  # the third epoch ends in the last stage, the second in the one before
     assert best["stage"] == 2
     assert best["best"] == max(late)
