@@ -39,6 +39,11 @@ class Group:
     width: int
     first: int
 
+    @property
+    def span(self) -> slice:
+        """Where its channels are."""
+        return slice(self.first, self.first + self.width)
+
 
 @dataclass(frozen=True)
 class Coupling:

@@ -55,23 +55,21 @@ class ScoredBody(nn.Module):
     def __init__(self, dense: nn.Module, small: nn.Module, image_size: int):
         super().__init__()
         self.dense = dense.requires_grad_(False)
-        coupling = couple(dense, image_size)
-        self.coupling, self.keep = coupling, kept_widths(coupling, small)
-        widths = [group.width for group in coupling.groups]
-        scored = [w for w, k in zip(widths, self.keep, strict=True) if k < w]
-        self.scores = nn.ParameterList(torch.zeros(width) for width in scored)
+        self.coupling = coupling = couple(dense, image_size)
+        kept = zip(coupling.groups, kept_widths(coupling, small), strict=True)
+        self.scored = [(group, keep) for group, keep in kept if keep < group.width]
+        self.scores = nn.ParameterList(torch.zeros(group.width) for group, _ in self.scored)
         self.layers = tuple(layers_of(dense))
         for number, name in enumerate(self.layers):  # buffers, to be where the model is
             self.register_buffer(f"reads_{number}", coupling.reads[name], persistent=False)
 
     def mask(self) -> Tensor:
         """Ones for channels that are kept, in the positions of the coupling (N,)."""
-        like = next(self.dense.parameters())
-        parts, scores = [like.new_ones(1)], iter(self.scores)
-        for group, keep in zip(self.coupling.groups, self.keep, strict=True):
-            whole = keep == group.width
-            parts.append(like.new_ones(keep) if whole else top_mask(next(scores), keep))
-        return torch.cat(parts)
+        positions = 1 + sum(group.width for group in self.coupling.groups)
+        mask_N = next(self.dense.parameters()).new_ones(positions)
+        for (group, keep), scores_D in zip(self.scored, self.scores, strict=True):
+            mask_N[group.span] = top_mask(scores_D, keep)
+        return mask_N
 
     def forward(self, x_BCHW: Tensor, routing: Routing) -> Tensor:
         mask_N, weights = self.mask(), {}
@@ -95,23 +93,21 @@ class ScoredBody(nn.Module):
         for name, layer in layers_of(self.dense).items():
             square_F = weight_of(layer).square().transpose(0, 1).flatten(1).sum(1)
             square_N.index_add_(0, self.coupling.reads[name].to(square_N.device), square_F)
-        scores = iter(self.scores)
-        for group, keep in zip(self.coupling.groups, self.keep, strict=True):
-            if keep < group.width:
-                norm_D = square_N[group.first :][: group.width].sqrt()
-                top = norm_D.max().clamp(min=1e-12)
-                next(scores).copy_(math.sqrt(SPREAD / group.width) * norm_D / top)
+        for (group, _), scores_D in zip(self.scored, self.scores, strict=True):
+            norm_D = square_N[group.span].sqrt()
+            top = norm_D.max().clamp(min=1e-12)
+            scores_D.copy_(math.sqrt(SPREAD / group.width) * norm_D / top)
 
     @torch.no_grad()
-    def hand_over(self, small: nn.Module) -> None:
+    def prune_into(self, small: nn.Module) -> None:
         """Copy what is kept, BatchNorm's statistics included, into a body of the small shape.
 
         Raises:
             ValueError: A score is not finite, or a part of the small body has another shape.
         """
-        for number, scores_D in enumerate(self.scores):
+        for (group, _), scores_D in zip(self.scored, self.scores, strict=True):
             if not scores_D.isfinite().all():
-                raise ValueError(f"scores of {self._scored()[number]} are not finite")
+                raise ValueError(f"scores of {group.layers[0]} are not finite")
         kept_N = self.mask() > 0.5
         for name, module in small.named_modules():
             own = {**module._parameters, **module._buffers}
@@ -134,10 +130,6 @@ class ScoredBody(nn.Module):
             for positions in axes[: value.dim()]
             if positions is not None
         ]
-
-    def _scored(self) -> list[str]:
-        pairs = zip(self.coupling.groups, self.keep, strict=True)
-        return [group.layers[0] for group, keep in pairs if keep < group.width]
 
 
 def _check_shape(name: str, value: Tensor, target: Tensor) -> None:

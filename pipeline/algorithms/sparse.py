@@ -95,4 +95,4 @@ class Sparse:
             body.dense.load_state_dict(old.body.state_dict())
             body.start_scores()
         else:
-            scored_body(old).hand_over(new.body)
+            scored_body(old).prune_into(new.body)

@@ -43,7 +43,7 @@ def pair(name: str, size: int, ratio: float = 0.5, scale: float = 0.25) -> tuple
 def test_pruned_net_is_the_masked_dense_net_in_eval_mode(name: str, size: int) -> None:
     model, backbone = pair(name, size)
     small = backbone.build(4, size).double().eval()
-    scored_body(model).hand_over(small.body)
+    scored_body(model).prune_into(small.body)
     x_BCHW = torch.rand(3, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(small(x_BCHW).logits, model(x_BCHW).logits, rtol=0, atol=1e-10)
@@ -61,21 +61,21 @@ def test_pruned_net_trains_as_the_masked_dense_net_would(name: str) -> None:
     model, backbone = pair(name, 32)
     body = scored_body(model)
     small = backbone.build(4, 32).double().train()
-    body.hand_over(small.body)
+    body.prune_into(small.body)
     model.train()
     body.dense.requires_grad_(True)
     x_BCHW = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     for net in (small, model):
         net(x_BCHW).logits.square().sum().backward()
     copied = backbone.build(4, 32).double()
-    body.hand_over(copied.body)
+    body.prune_into(copied.body)
     wanted = dict(copied.named_buffers())
     for key, buffer in small.named_buffers():
         torch.testing.assert_close(buffer, wanted[key], rtol=0, atol=1e-10, msg=key)
     for parameter in body.dense.parameters():
         assert parameter.grad is not None
         parameter.data.copy_(parameter.grad)
-    body.hand_over(copied.body)
+    body.prune_into(copied.body)
     gradients = dict(copied.named_parameters())
     for key, parameter in small.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[key].data, rtol=1e-6, atol=1e-9)
@@ -85,7 +85,7 @@ def test_pruned_net_trains_as_the_masked_dense_net_would(name: str) -> None:
 def test_result_costs_what_s_dense_costs(name: str) -> None:
     model, backbone = pair(name, 32)
     small, s_dense = backbone.build(4, 32).double(), backbone.build(4, 32)
-    scored_body(model).hand_over(small.body)
+    scored_body(model).prune_into(small.body)
     assert cost(s_dense, 32) == cost(small.float(), 32)
 
 
@@ -118,7 +118,7 @@ def test_pre_activation_and_concatenation_are_pruned_exactly(wiring: str) -> Non
     body = ScoredBody(dense, small, 8).double().eval()
     for scores_D in body.scores:
         scores_D.data.normal_()
-    body.hand_over(small)
+    body.prune_into(small)
     torch.testing.assert_close(body(x_BCHW, routing), small(x_BCHW, routing), rtol=0, atol=1e-10)
 
 
@@ -146,9 +146,8 @@ def test_gradient_of_a_score_is_that_of_a_factor_on_all_that_is_read_of_its_chan
     body, x_BCHW = scored_body(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     loss = model(x_BCHW).logits.square().sum()
     gradients = torch.autograd.grad(loss, list(body.scores))
-    groups = [g for g, k in zip(body.coupling.groups, body.keep, strict=True) if k < g.width]
-    for group, gradient_D in zip(groups, gradients, strict=True):
-        pruned_D = body.mask()[group.first :][: group.width] < 0.5
+    for (group, _), gradient_D in zip(body.scored, gradients, strict=True):
+        pruned_D = body.mask()[group.span] < 0.5
         assert gradient_D[pruned_D].any()
         for channel in (0, group.width - 1):
             moved = []
@@ -247,7 +246,7 @@ def test_dead_channels_are_dropped_however_large_the_weights_that_read_them() ->
         optimizer.step()
     assert (body.mask()[1:7] > 0).nonzero().flatten().tolist() == [1, 2, 4]
     small = Plain(3).eval()
-    body.hand_over(small)
+    body.prune_into(small)
     with torch.no_grad():
         x_BCHW = model.normalize(x_BCHW)
         assert small(x_BCHW, Routing()).argmax(1).tolist() == y_B.tolist()
@@ -261,7 +260,7 @@ def test_scores_that_are_not_finite_are_refused_with_the_layer() -> None:
     body = scored_body(model)
     body.scores[0].data[2] = float("nan")
     with pytest.raises(ValueError, match="scores of first are not finite"):
-        body.hand_over(Plain(3))
+        body.prune_into(Plain(3))
 
 
 class Empty(Plain):
@@ -312,4 +311,4 @@ def test_layers_that_are_added_must_keep_as_many_channels() -> None:
 def test_body_of_another_wiring_is_refused_when_it_is_filled() -> None:
     body = scored_body(hand_made())
     with pytest.raises(ValueError, match=r"first\.weight keeps \(3, 3, 1, 1\), the small net want"):
-        body.hand_over(Plain(4))
+        body.prune_into(Plain(4))
