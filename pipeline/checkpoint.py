@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moe.network import Network
+from pipeline.algorithms.staged import Staged
 from pipeline.config import Config, flatten, read
 
 FILES = ("model.safetensors", "state.pt", "config.json")
@@ -21,9 +22,18 @@ class CheckpointError(ValueError):
     """A checkpoint is missing or damaged."""
 
 
-def build_model(config: Config) -> Network:
-    """Make the network of a run, in channels-last layout, from torch's global generator."""
-    net = config.backbone.build(config.dataset.num_classes, config.dataset.image_size)
+def build_model(config: Config, stage: int = -1) -> Network:
+    """Make the network of a run, in channels-last layout, from torch's global generator.
+
+    Args:
+        stage: Of an algorithm that changes its network; -1 is the last, the one to deploy.
+    """
+    classes, size = config.dataset.num_classes, config.dataset.image_size
+    if isinstance(config.algorithm, Staged):
+        stage %= len(config.algorithm.stages())
+        net = config.algorithm.build(stage, config.backbone, classes, size)
+    else:
+        net = config.backbone.build(classes, size)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -152,8 +162,8 @@ def load_model(folder: str | Path) -> Network:
     Raises:
         CheckpointError: The checkpoint is missing or damaged; names the file.
     """
-    verify(Path(folder))
-    model = build_model(load_config(folder))
+    meta = verify(Path(folder))
+    model = build_model(load_config(folder), meta.get("stage", -1))
     load_weights(Path(folder), model)
     return model.eval()
 

@@ -14,6 +14,7 @@ from moe.backbones import BACKBONES, Backbone
 from moe.backbones.small import Small
 from pipeline.algorithms import ALGORITHMS, Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.sparse import Sparse
 from pipeline.attacks import ATTACKS
 from pipeline.data import DATASETS, Dataset
 from pipeline.data.digits import Digits
@@ -122,6 +123,15 @@ class Config:
                 "backbone.num_experts must be at least 2 for algorithm=adv_moe, got "
                 f"{self.backbone.num_experts}; a dense net trains with algorithm=trades"
             )
+        if isinstance(self.algorithm, Sparse):  # the backbone is what shall remain
+            if (experts := self.backbone.num_experts) != 1:
+                raise ValueError(
+                    f"backbone.num_experts must be 1 for algorithm=sparse, got {experts}"
+                )
+            if not (ratio := self.backbone.ratio) < 1:
+                raise ValueError(
+                    f"backbone.ratio must be below 1 for algorithm=sparse, got {ratio}"
+                )
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.diagnostics import load
 from pipeline import checkpoint
+from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.loading import Splits, augment, epoch_order, to_float
 from pipeline.final import finish
@@ -21,6 +22,7 @@ from pipeline.measures.judging import judge
 from pipeline.optim import build_optimizers, set_rates
 from pipeline.seeding import Noise, generator_at, seed_of
 from pipeline.session import Session
+from pipeline.stages import advance, begin, moment
 from pipeline.state import NonFiniteError, TrainState
 
 KEEP = 2  # newest checkpoints kept beside the best one
@@ -40,9 +42,10 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # of the epoch
-    best: float = -1.0
+    best: float = -1.0  # of the stage
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)  # losses over the epoch's updates so far
+    stage: int = 0
 
     def record(self, session: Session, step: int, values: dict[str, float]) -> None:
         """Keep metrics of an update and send them on."""
@@ -76,7 +79,7 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
             f"got {config.batch_size}"
         )
     torch.manual_seed(seed_of(config.seed, "weights") % 2**63)
-    state = TrainState(checkpoint.build_model(config).to(session.device), {}, session.average)
+    state = TrainState(checkpoint.build_model(config, 0).to(session.device), {}, session.average)
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
     while progress.epoch < config.epochs:
@@ -93,12 +96,14 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
         return Progress()
-    saved = checkpoint.load_state(found)
+    saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
+    if stage := meta.get("stage", 0):
+        begin(config, state, stage)
     checkpoint.load_weights(found, state.model)
     for group, optimizer in state.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][group])
-    meta = checkpoint.verify(found)
     progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"], meta["sums"])
+    progress.stage = meta.get("stage", 0)
     session.tell("resumed", epoch=progress.epoch, step=progress.step, checkpoint=found.name)
     for row in progress.history:  # whoever follows has them already, unless it was lost with us
         session.tell("metrics", **row)
@@ -120,7 +125,11 @@ def train_epoch(
         name: torch.tensor(total, device=session.device) for name, total in progress.sums.items()
     }
     for step, x_BCHW, y_B in batches(config, session, splits, progress.epoch, first, state):
-        set_rates(config, state, progress.epoch + step / steps)
+        now = moment(config, progress.epoch, step, steps)
+        if now.stage != progress.stage:  # selection begins anew with the new network
+            advance(config, state, now.stage)
+            progress.stage, progress.best = now.stage, -1.0
+        set_rates(config, state, now.epoch, now.rate)
         with torch.autocast(
             session.device.type, torch.bfloat16, enabled=config.precision == "bf16"
         ):
@@ -149,6 +158,8 @@ def train_epoch(
             save(config, folder, session, state, progress, update)
     values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
+    if isinstance(config.algorithm, Staged):
+        values["train/stage"] = float(progress.stage)
     values |= validate(config, session, state, splits)
     progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
     progress.sums = {}
@@ -260,6 +271,7 @@ def save(
             "step": progress.step,
             "update": update,
             "best": progress.best,
+            "stage": progress.stage,
             "history": progress.history,
             "sums": progress.sums,
         }

@@ -54,8 +54,8 @@ def rate(config: Config, group: str, epoch: float) -> float:
     return top
 
 
-def set_rates(config: Config, state: TrainState, epoch: float) -> None:
-    """Give every optimizer its rate for the next update."""
+def set_rates(config: Config, state: TrainState, epoch: float, factor: float = 1.0) -> None:
+    """Give every optimizer its rate for the next update, times a factor."""
     for group, optimizer in state.optimizers.items():
         for settings in optimizer.param_groups:
-            settings["lr"] = rate(config, group, epoch)
+            settings["lr"] = factor * rate(config, group, epoch)

@@ -50,10 +50,10 @@ class TrainState:
     watched: dict[str, Tensor] = field(default_factory=dict)
 
     def parameters(self, group: str) -> list[nn.Parameter]:
-        """List the parameters of a group, in the order of the model."""
+        """List the parameters of a group that train, in the order of the model."""
         want = group == "router"
         named = self.model.named_parameters()
-        return [p for name, p in named if is_router_parameter(name) == want]
+        return [p for n, p in named if p.requires_grad and is_router_parameter(n) == want]
 
     @contextmanager
     def only(self, group: str) -> Iterator[Network]:

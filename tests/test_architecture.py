@@ -18,7 +18,7 @@ ORDER = (
     ("algorithms",),
     ("measures",),
     ("config",),
-    ("presets", "optim", "checkpoint", "plots", "journal", "command"),
+    ("presets", "optim", "checkpoint", "stages", "plots", "journal", "command"),
     ("tracking", "final", "console"),
     ("loop", "masked"),
     ("worker",),

@@ -7,13 +7,17 @@ from torch import Tensor
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.pgd_training import PGDTraining
+from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
 from pipeline.state import TrainState
 
 
 class Algorithm(Protocol):
-    """Settings are fields, one update is ``step``; it returns losses in nats per image."""
+    """Settings are fields, one update is ``step``; it returns losses in nats per image.
+
+    One that trains several networks in turn also offers what ``Staged`` lists.
+    """
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...
 
@@ -24,4 +28,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "trades": Trades,
     "moe_at": MoEAT,
     "adv_moe": AdvMoE,
+    "sparse": Sparse,
 }

@@ -7,7 +7,9 @@ summation stays below the tolerance.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,11 +18,14 @@ from moe.backbones.resnet import ResidualBody
 from moe.network import Network
 from moe.routers import ImageRouter
 from pipeline.algorithms import ALGORITHMS
+from pipeline.algorithms.staged import Staged
+from pipeline.checkpoint import build_model
 from pipeline.config import Config
 from pipeline.data.loading import epoch_order, to_float
 from pipeline.data.synthetic import Synthetic
 from pipeline.optim import build_optimizers
 from pipeline.seeding import Noise, generator_at
+from pipeline.stages import advance, moment
 from pipeline.state import TrainState
 
 FOLDER = Path(__file__).parent
@@ -29,26 +34,51 @@ UPDATES, BATCH = 10, 16
 Curves = dict[str, list[float]]
 
 
-def network() -> Network:
-    """Two experts in two residual blocks, apart from the backbones, whose widths may change."""
-    make = mixture(2, "shared")
-    blocks = [BasicBlock(8, 8, 1, make, plain), BasicBlock(8, 16, 2, make, plain)]
-    return assemble(
-        ResidualBody(plain(3, 8, 3, 1), blocks, 16, 4, False),
-        lambda: ImageRouter(2, blocks=1, widths=(4, 8)),
-        num_experts=2,
-        router_scope="shared",
-    )
+@dataclass(frozen=True, kw_only=True)
+class Two:
+    """Two residual blocks of 8 and 16 channels, apart from the backbones, whose widths may change.
+
+    Two experts have these widths each; a dense net has them times its ratio.
+    """
+
+    num_experts: int = 2
+    ratio: float = 1.0
+    router_scope: Literal["shared", "per_layer"] = "shared"
+
+    def build(self, num_classes: int, image_size: int) -> Network:
+        """Make the network, which is the same for any ``image_size``."""
+        make, a, b = mixture(self.num_experts, "shared"), int(8 * self.ratio), int(16 * self.ratio)
+        blocks = [BasicBlock(a, a, 1, make, plain), BasicBlock(a, b, 2, make, plain)]
+        return assemble(
+            ResidualBody(plain(3, a, 3, 1), blocks, b, num_classes, False),
+            lambda: ImageRouter(2, blocks=1, widths=(4, 8)),
+            num_experts=self.num_experts,
+            router_scope="shared",
+        )
 
 
 def curves(name: str) -> Curves:
-    """Train a small mixture for ten updates; return each loss, in nats per image."""
-    images = Synthetic(classes=4, size=8, train_images=256).load(0).train
+    """Train a small mixture for ten updates; return each loss, in nats per image.
+
+    An algorithm with stages goes through all of them, and ends with a dense net of half the width.
+    """
+    dataset, algorithm, two = (
+        Synthetic(classes=4, size=8, train_images=256),
+        ALGORITHMS[name](),
+        Two(),
+    )
+    if isinstance(algorithm, Staged):
+        two = Two(num_experts=1, ratio=0.5)
+    config = Config(lr=0.02, epochs=1, dataset=dataset, backbone=two, algorithm=algorithm)
+    images = dataset.load(0).train
     torch.manual_seed(0)
-    state = TrainState(network().double(), {})
-    state.optimizers = build_optimizers(Config(lr=0.02), state)
-    algorithm, order_N, found = ALGORITHMS[name](), epoch_order(len(images), 0, 0), Curves()
+    state = TrainState(build_model(config, 0).double(), {})
+    state.optimizers = build_optimizers(config, state)
+    order_N, found, stage = epoch_order(len(images), 0, 0), Curves(), 0
     for step in range(UPDATES):
+        if (now := moment(config, 0, step, UPDATES).stage) != stage:
+            advance(config, state, now)
+            stage = now
         rows_B = order_N[step * BATCH :][:BATCH]
         state.noise = Noise(generator_at("cpu", "golden", step))
         x_BCHW = to_float(images.pixels_NCHW[rows_B]).double()

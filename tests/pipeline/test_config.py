@@ -12,6 +12,7 @@ from moe.backbones.small import Small
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.moe_at import MoEAT
+from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD
@@ -227,10 +228,26 @@ def test_adv_moe_of_a_dense_net_is_refused_with_a_way_out() -> None:
         override(Config(), {"backbone.num_experts": 1})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"backbone\.num_experts must be 1 for algorithm=sparse, got 2"),
+        (
+            {"backbone.num_experts": 1, "backbone.ratio": 1},
+            r"backbone\.ratio must be below 1 for algorithm=sparse, got 1\.0",
+        ),
+    ],
+)
+def test_sparse_wants_the_net_that_shall_remain(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(Config(), {"algorithm": "sparse"} | changes)
+
+
 COMPONENTS = [
     *(Config(dataset=kind(train_images=20, flip=True)) for kind in DATASETS.values()),
     *(Config(backbone=kind(num_experts=5, ratio=0.3)) for kind in BACKBONES.values()),
-    *(Config(algorithm=kind()) for kind in ALGORITHMS.values()),
+    *(Config(algorithm=kind()) for kind in ALGORITHMS.values() if kind is not Sparse),
+    Config(algorithm=Sparse(pretrain=0.3), backbone=Small(num_experts=1)),
     *(Config(algorithm=AdvMoE(attack=kind(eps=0.2))) for kind in ATTACKS.values()),
     Config(evaluation=Evaluation(norm="l2", eps=1 / 3), router_lr=1e-5),
 ]
