@@ -14,7 +14,9 @@ from torch import Tensor
 from moe.diagnostics import load
 from pipeline import checkpoint
 from pipeline.config import Config
+from pipeline.data.augmentation import cutmix, randaugment
 from pipeline.data.loading import Splits, augment, epoch_order, to_float
+from pipeline.ema import WeightAverage
 from pipeline.final import finish
 from pipeline.measures import MEASURES
 from pipeline.measures.judging import judge
@@ -76,7 +78,14 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
             f"got {config.batch_size}"
         )
     torch.manual_seed(seed_of(config.seed, "weights") % 2**63)
-    state = TrainState(checkpoint.build_model(config).to(session.device), {}, session.average)
+    state = TrainState(
+        checkpoint.build_model(config).to(session.device),
+        {},
+        session.average,
+        ema=WeightAverage(config.ema_decay),
+        label_smoothing=config.label_smoothing,
+        clip_norm=config.clip_norm,
+    )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
     while progress.epoch < config.epochs:
@@ -95,6 +104,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
         return Progress()
     saved = checkpoint.load_state(found)
     checkpoint.load_weights(found, state.model)
+    state.ema.restore(saved, state.model)
     for group, optimizer in state.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][group])
     meta = checkpoint.verify(found)
@@ -128,6 +138,7 @@ def train_epoch(
         update = progress.epoch * steps + step + 1
         watched = state.check(update)
         check_gate(update, watched)
+        state.ema.follow(state.model)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.float()
         seen += config.batch_size
@@ -189,15 +200,28 @@ def batches(
         rows_B = order_N[low : low + size]
         draws = generator_at(device, config.seed, "update", epoch, step)
         state.noise = Noise(draws, session.rank, session.world)
+        part = {"rank": session.rank, "world": session.world}
+        pixels_BCHW = splits.train.pixels_NCHW[rows_B]
+        if config.augmentation == "randaugment":  # draws of its own: others do not change with it
+            own = generator_at("cpu", config.seed, "randaugment", epoch, step)
+            pixels_BCHW = randaugment(pixels_BCHW, generator=own, **part)
         x_BCHW = augment(
-            to_float(splits.train.pixels_NCHW[rows_B].to(device)),
+            to_float(pixels_BCHW.to(device)),
             pad=config.dataset.pad,
             flip=config.dataset.flip,
             generator=draws,
-            rank=session.rank,
-            world=session.world,
+            **part,
         )
         y_B = splits.train.labels_N[rows_B].to(device)
+        if config.cutmix:
+            x_BCHW, y_B = cutmix(
+                x_BCHW,
+                y_B,
+                probability=config.cutmix,
+                num_classes=config.dataset.num_classes,
+                generator=generator_at("cpu", config.seed, "cutmix", epoch, step),
+                **part,
+            )
         yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
 
 
@@ -217,7 +241,7 @@ def validate(
     """Measure SA and RA on the validation split; warn of a collapsed router."""
     attack = config.evaluation.attack(config.evaluation.validation_steps)
     verdicts = judge(
-        state.model,
+        state.deployed,
         splits.validation,
         {name: MEASURES[kind](attack=attack) for name, kind in (("sa", "sa"), ("ra", "ra_pgd"))},
         seed=seed_of(config.seed, "validation"),
@@ -255,6 +279,7 @@ def save(
         root = folder / "checkpoints"
         target = root / f"step_{update:08d}"
         tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
+        tensors |= state.ema.saved(state.model)
         meta = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -263,7 +288,7 @@ def save(
             "history": progress.history,
             "sums": progress.sums,
         }
-        checkpoint.save(root / "best" if best else target, config, state.model, tensors, meta)
+        checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
         if best:  # written first: a run killed in between repeats the epoch and finds it again
             checkpoint.copy(root / "best", target)
         checkpoint.prune(root, KEEP)
