@@ -169,9 +169,10 @@ class TrainState:
     def _worst_weights(self, loss: Tensor, *groups: str) -> Iterator[None]:
         check_reach(loss, groups)
         layers = stacks(self.model, [p for own in self._members(*groups).values() for p in own])
-        weights = [weight for weight, _ in layers]
-        slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        self._mean(slopes)
+        slopes: Sequence[Tensor] = ()
+        if weights := [weight for weight, _ in layers]:  # a router may have none but vectors
+            slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            self._mean(slopes)
         with perturbed(layers, slopes, self.awp_gamma), still_statistics(self.model):
             yield
 

@@ -293,3 +293,9 @@ def test_config_and_its_components_are_frozen() -> None:
         name = dataclasses.fields(node)[0].name  # type: ignore[arg-type]
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(node, name, 1)
+
+
+def test_cutmix_wants_images_in_pairs_on_every_worker() -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 4 .* got 66"):
+        override(Config(), {"cutmix": 0.5, "batch_size": 66, "workers": 2})
+    assert override(Config(), {"cutmix": 0.5, "batch_size": 68, "workers": 2}).cutmix == 0.5
