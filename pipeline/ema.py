@@ -32,22 +32,27 @@ class WeightAverage:
         decay: In [0, 1); 0 is off and costs nothing.
         updates: How many updates are in the average.
         network: The averaged network, frozen; None before the first update.
+        followed: The network whose weights it averages.
     """
 
     decay: float = 0.0
     updates: int = 0
     network: Network | None = None
+    followed: Network | None = None
 
     def deployed(self, model: Network) -> Network:
         """Return what is validated, kept as the model of a checkpoint and tested."""
-        return model if self.network is None else self.network
+        return self.network if self.network is not None and self.followed is model else model
 
     def follow(self, model: Network) -> None:
-        """Take the weights after an update into the average; the first are its start."""
+        """Take the weights after an update into the average.
+
+        The first are its start; where a run goes on with another network, it begins anew.
+        """
         if not self.decay:
             return
-        if self.network is None:
-            self.network = frozen_copy(model)
+        if self.network is None or self.followed is not model:
+            self.network, self.followed, self.updates = frozen_copy(model), model, 0
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             now = model.state_dict()
@@ -58,13 +63,9 @@ class WeightAverage:
                     mean.copy_(now[name])
         self.updates += 1
 
-    def restart(self) -> None:
-        """Forget the average: for a model that changed its shape, or began anew."""
-        self.network, self.updates = None, 0
-
     def saved(self, model: Network) -> dict[str, Any]:
         """What a checkpoint keeps beside the average, which it keeps as its model."""
-        if self.network is None:
+        if self.deployed(model) is model:
             return {}
         return {"weights": model.state_dict(), "ema_updates": self.updates}
 
@@ -76,7 +77,8 @@ class WeightAverage:
         if "weights" not in saved:
             return
         if self.decay:
-            self.network, self.updates = frozen_copy(model), saved["ema_updates"]
+            self.network, self.followed = frozen_copy(model), model
+            self.updates = saved["ema_updates"]
         model.load_state_dict(saved["weights"])
 
 

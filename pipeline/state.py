@@ -19,7 +19,7 @@ from moe.folding import fold
 from moe.network import Network, is_router_parameter
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import UNSEEDED, Draw
-from pipeline.awp import perturbed, stacks, still_statistics
+from pipeline.awp import Stack, perturbed, stacks, still_statistics
 from pipeline.ema import WeightAverage
 from pipeline.losses import cross_entropy_per_image
 
@@ -145,12 +145,14 @@ class TrainState:
         """
         losses = terms()
         loss = weighted(losses, weights)
-        if self.awp_gamma == 0:
-            self.descend(loss, *groups)
-        else:
-            with self._worst_weights(loss, *groups):
+        members = [p for own in self._members(*groups).values() for p in own]
+        if self.awp_gamma and (layers := stacks(self.model, members)):
+            check_reach(loss, groups)
+            with self._worst_weights(loss, layers):
                 self._backward(weighted(terms(), weights), *groups)
             self._step(*groups)
+        else:
+            self.descend(loss, *groups)
         return {name: term.detach() for name, term in losses.items()}
 
     def descend(self, loss: Tensor, *groups: str) -> None:
@@ -166,13 +168,10 @@ class TrainState:
         self._step(*groups)
 
     @contextmanager
-    def _worst_weights(self, loss: Tensor, *groups: str) -> Iterator[None]:
-        check_reach(loss, groups)
-        layers = stacks(self.model, [p for own in self._members(*groups).values() for p in own])
-        slopes: Sequence[Tensor] = ()
-        if weights := [weight for weight, _ in layers]:  # a router may have none but vectors
-            slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            self._mean(slopes)
+    def _worst_weights(self, loss: Tensor, layers: Sequence[Stack]) -> Iterator[None]:
+        weights = [weight for weight, _ in layers]
+        slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        self._mean(slopes)
         with perturbed(layers, slopes, self.awp_gamma), still_statistics(self.model):
             yield
 

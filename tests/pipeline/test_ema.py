@@ -116,10 +116,11 @@ def test_average_that_was_saved_goes_on_as_if_it_had_not_been(small: Network) ->
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in small.state_dict().items())
 
 
-def test_average_begins_anew_for_a_model_of_another_shape(build: Callable[..., Network]) -> None:
+def test_average_begins_anew_for_another_network(build: Callable[..., Network]) -> None:
     average, wide, narrow = WeightAverage(0.9), build(ratio=0.125), build(ratio=0.0625)
     average.follow(wide)
-    average.restart()
+    assert average.deployed(narrow) is narrow
+    assert average.saved(narrow) == {}
     average.follow(narrow)
     found = average.deployed(narrow).state_dict()
     assert all(torch.equal(found[name], w) for name, w in narrow.state_dict().items())
