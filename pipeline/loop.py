@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.diagnostics import load
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.data.augmentation import cutmix, randaugment
+from pipeline.data.augmentation import Augmentation
 from pipeline.data.loading import Splits, augment, epoch_order, to_float
 from pipeline.ema import WeightAverage
 from pipeline.final import finish
@@ -193,6 +193,14 @@ def batches(
     Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
     stop and continue anywhere; they do not depend on the number of workers.
     """
+    extra = Augmentation(
+        raw=config.augmentation,
+        cutmix=config.cutmix,
+        num_classes=config.dataset.num_classes,
+        seed=config.seed,
+        rank=session.rank,
+        world=session.world,
+    )
     order_N = epoch_order(len(splits.train), config.seed, epoch)
     size, device = config.batch_size // session.world, session.device
     for step in range(first, len(splits.train) // config.batch_size):
@@ -200,28 +208,17 @@ def batches(
         rows_B = order_N[low : low + size]
         draws = generator_at(device, config.seed, "update", epoch, step)
         state.noise = Noise(draws, session.rank, session.world)
-        part = {"rank": session.rank, "world": session.world}
-        pixels_BCHW = splits.train.pixels_NCHW[rows_B]
-        if config.augmentation == "randaugment":  # draws of its own: others do not change with it
-            own = generator_at("cpu", config.seed, "randaugment", epoch, step)
-            pixels_BCHW = randaugment(pixels_BCHW, generator=own, **part)
+        pixels_BCHW = extra.before(splits.train.pixels_NCHW[rows_B], epoch, step)
         x_BCHW = augment(
             to_float(pixels_BCHW.to(device)),
             pad=config.dataset.pad,
             flip=config.dataset.flip,
             generator=draws,
-            **part,
+            rank=session.rank,
+            world=session.world,
         )
         y_B = splits.train.labels_N[rows_B].to(device)
-        if config.cutmix:
-            x_BCHW, y_B = cutmix(
-                x_BCHW,
-                y_B,
-                probability=config.cutmix,
-                num_classes=config.dataset.num_classes,
-                generator=generator_at("cpu", config.seed, "cutmix", epoch, step),
-                **part,
-            )
+        x_BCHW, y_B = extra.after(x_BCHW, y_B, epoch, step)
         yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
 
 

@@ -6,9 +6,57 @@ the global batch of ``world`` times B images, of which this worker has the ``ran
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from pipeline.seeding import generator_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What a run does to its images beside crop and mirror, on one worker.
+
+    Each part draws from a stream of its own, which follows from (seed, epoch, update): crops and
+    attack noise are the same with and without it.
+
+    Attributes:
+        raw: ``none``, or ``randaugment`` of the raw pixels.
+        cutmix: Share of the images that get a box of another.
+        num_classes: Of the labels.
+        seed: Of the run.
+        rank, world: This worker, and how many share a batch.
+    """
+
+    raw: str
+    cutmix: float
+    num_classes: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def before(self, pixels_BCHW: Tensor, epoch: int, step: int) -> Tensor:
+        """Change raw pixels, uint8 on the CPU, before crop and mirror."""
+        if self.raw == "none":
+            return pixels_BCHW
+        draws = generator_at("cpu", self.seed, self.raw, epoch, step)
+        return randaugment(pixels_BCHW, generator=draws, rank=self.rank, world=self.world)
+
+    def after(self, x_BCHW: Tensor, y_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Change cropped images in [0, 1], and with them the labels."""
+        if not self.cutmix:
+            return x_BCHW, y_B
+        return cutmix(
+            x_BCHW,
+            y_B,
+            probability=self.cutmix,
+            num_classes=self.num_classes,
+            generator=generator_at("cpu", self.seed, "cutmix", epoch, step),
+            rank=self.rank,
+            world=self.world,
+        )
 
 
 def randaugment(
