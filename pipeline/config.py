@@ -47,7 +47,17 @@ class Config:
         lr, router_lr: Peak rates; a ``router_lr`` of none is ``lr``.
         schedule, router_schedule: ``cosine`` to zero, ``cyclic`` (up for two fifths, then down,
             linear), or ``constant``.
-        warmup_epochs: Linear rise from zero before the schedule, in epochs (may be a fraction).
+        warmup_epochs: Linear rise from zero before the schedule, in epochs (may be a fraction); of
+            ``cyclic``, its rise.
+        ema_decay: Decay of the average of the weights over the updates, which is what is validated,
+            kept as the model and tested; 0: no average. See ``pipeline.ema``.
+        awp_gamma: Adversarial weight perturbation: its size over that of each layer's weights; 0:
+            none. See ``pipeline.awp``.
+        awp_warmup: Epochs before it begins.
+        label_smoothing: Part of a label that is spread over all classes in the loss.
+        clip_norm: Largest norm of each group's gradient over all workers; 0: any.
+        augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
+        cutmix: Share of the images that get a box of another, with its share of the label.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
         checkpoint_steps: Save every so many updates too, not only after each epoch; 0: epochs only.
         storage: Folder of the run folders.
@@ -75,6 +85,13 @@ class Config:
     schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
     router_schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
     warmup_epochs: float = 0.0
+    ema_decay: float = 0.0
+    awp_gamma: float = 0.0
+    awp_warmup: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    augmentation: Literal["none", "randaugment"] = "none"
+    cutmix: float = 0.0
     seed: int = 0
     checkpoint_steps: int = 0
     storage: str = "runs"
@@ -97,6 +114,7 @@ class Config:
                 f"got {self.batch_size}"
             )
         self._check_rates()
+        self._check_recipe()
         self._check_words()
 
     def _check_rates(self) -> None:
@@ -109,8 +127,23 @@ class Config:
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1, got {self.momentum}")
 
+    def _check_recipe(self) -> None:
+        for key in ("ema_decay", "label_smoothing"):
+            if not 0 <= (value := getattr(self, key)) < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
+        for key in ("awp_gamma", "awp_warmup", "clip_norm"):
+            if not 0 <= (value := getattr(self, key)) < float("inf"):
+                raise ValueError(f"{key} must be at least 0 and finite, got {value}")
+        if not 0 <= self.cutmix <= 1:
+            raise ValueError(f"cutmix must be from 0 to 1, got {self.cutmix}")
+        if self.cutmix and self.batch_size % (2 * self.workers):  # it takes images in pairs
+            raise ValueError(
+                f"batch_size must be a multiple of {2 * self.workers} for cutmix on "
+                f"{self.workers} worker(s), got {self.batch_size}"
+            )
+
     def _check_words(self) -> None:
-        for key in ("precision", "optimizer", "schedule", "router_schedule"):
+        for key in ("precision", "optimizer", "schedule", "router_schedule", "augmentation"):
             valid = typing.get_args(typing.get_type_hints(Config)[key])
             if (value := getattr(self, key)) not in valid:
                 raise ValueError(f"{key} must be one of {', '.join(valid)}, got {value!r}")

@@ -15,7 +15,9 @@ from moe.diagnostics import load
 from pipeline import checkpoint
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
+from pipeline.data.augmentation import Augmentation
 from pipeline.data.loading import Splits, augment, epoch_order, to_float
+from pipeline.ema import WeightAverage
 from pipeline.final import finish
 from pipeline.measures import MEASURES
 from pipeline.measures.judging import judge
@@ -79,7 +81,14 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
             f"got {config.batch_size}"
         )
     torch.manual_seed(seed_of(config.seed, "weights") % 2**63)
-    state = TrainState(checkpoint.build_model(config, 0).to(session.device), {}, session.average)
+    state = TrainState(
+        checkpoint.build_model(config, 0).to(session.device),
+        {},
+        session.average,
+        ema=WeightAverage(config.ema_decay),
+        label_smoothing=config.label_smoothing,
+        clip_norm=config.clip_norm,
+    )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
     while progress.epoch < config.epochs:
@@ -100,6 +109,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     if stage := meta.get("stage", 0):
         begin(config, state, stage)
     checkpoint.load_weights(found, state.model)
+    state.ema.restore(saved, state.model)
     for group, optimizer in state.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][group])
     progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"], meta["sums"])
@@ -137,6 +147,7 @@ def train_epoch(
         update = progress.epoch * steps + step + 1
         watched = state.check(update)
         check_gate(update, watched)
+        state.ema.follow(state.model)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.float()
         seen += config.batch_size
@@ -193,6 +204,14 @@ def batches(
     Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
     stop and continue anywhere; they do not depend on the number of workers.
     """
+    extra = Augmentation(
+        raw=config.augmentation,
+        cutmix=config.cutmix,
+        num_classes=config.dataset.num_classes,
+        seed=config.seed,
+        rank=session.rank,
+        world=session.world,
+    )
     order_N = epoch_order(len(splits.train), config.seed, epoch)
     size, device = config.batch_size // session.world, session.device
     for step in range(first, len(splits.train) // config.batch_size):
@@ -200,8 +219,9 @@ def batches(
         rows_B = order_N[low : low + size]
         draws = generator_at(device, config.seed, "update", epoch, step)
         state.noise = Noise(draws, session.rank, session.world)
+        pixels_BCHW = extra.before(splits.train.pixels_NCHW[rows_B], epoch, step)
         x_BCHW = augment(
-            to_float(splits.train.pixels_NCHW[rows_B].to(device)),
+            to_float(pixels_BCHW.to(device)),
             pad=config.dataset.pad,
             flip=config.dataset.flip,
             generator=draws,
@@ -209,6 +229,7 @@ def batches(
             world=session.world,
         )
         y_B = splits.train.labels_N[rows_B].to(device)
+        x_BCHW, y_B = extra.after(x_BCHW, y_B, epoch, step)
         yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
 
 
@@ -228,7 +249,7 @@ def validate(
     """Measure SA and RA on the validation split; warn of a collapsed router."""
     attack = config.evaluation.attack(config.evaluation.validation_steps)
     verdicts = judge(
-        state.model,
+        state.deployed,
         splits.validation,
         {name: MEASURES[kind](attack=attack) for name, kind in (("sa", "sa"), ("ra", "ra_pgd"))},
         seed=seed_of(config.seed, "validation"),
@@ -266,6 +287,7 @@ def save(
         root = folder / "checkpoints"
         target = root / f"step_{update:08d}"
         tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
+        tensors |= state.ema.saved(state.model)
         meta = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -275,7 +297,7 @@ def save(
             "history": progress.history,
             "sums": progress.sums,
         }
-        checkpoint.save(root / "best" if best else target, config, state.model, tensors, meta)
+        checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
         if best:  # written first: a run killed in between repeats the epoch and finds it again
             checkpoint.copy(root / "best", target)
         checkpoint.prune(root, KEEP)

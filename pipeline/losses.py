@@ -1,10 +1,13 @@
 """Losses on logits.
 
-Shapes: B images, K classes or experts.
+Shapes: B images, K classes or experts. Labels are classes (B,), or, of mixed images, the share of
+each class (B, K).
 """
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe.routing import at_least_float32
 
 
 def kl_per_image(p_BK: Tensor, q_BK: Tensor) -> Tensor:
@@ -24,12 +27,24 @@ def kl(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     return kl_per_image(p_BK, q_BK).mean()
 
 
-def cross_entropy_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
-    """Cross-entropy in nats, (B,); for (B, L, K) the mean over L, every layer with target y."""
+def cross_entropy_per_image(logits_BK: Tensor, y_B: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats, (B,); for (B, L, K) the mean over L, every layer with target y.
+
+    ``smoothing`` is the part of a label that is spread evenly over all K classes (Szegedy et al.,
+    CVPR 2016, arXiv:1512.00567, section 7); of logits (B, K) only.
+    """
     if logits_BK.dim() == 2:
-        return F.cross_entropy(logits_BK, y_B, reduction="none")
+        if y_B.is_floating_point():  # shares (B, K) lose digits in bf16
+            logits_BK = at_least_float32(logits_BK)
+            y_B = y_B.to(logits_BK.dtype)
+        return F.cross_entropy(logits_BK, y_B, reduction="none", label_smoothing=smoothing)
     y_BL = y_B[:, None].expand(logits_BK.shape[:2]) if y_B.dim() == 1 else y_B
     return F.cross_entropy(logits_BK.movedim(2, 1), y_BL, reduction="none").mean(1)
+
+
+def dominant(y_B: Tensor) -> Tensor:
+    """Classes (B,) of labels: of shares (B, K) the largest, ties to the lowest class."""
+    return y_B.argmax(1) if y_B.is_floating_point() else y_B
 
 
 def margin_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:

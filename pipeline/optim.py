@@ -40,7 +40,8 @@ def rate(config: Config, group: str, epoch: float) -> float:
     """Learning rate of a group at a point of the run, in epochs from its start.
 
     ``cosine``: ``peak (1 + cos(pi t)) / 2``; ``cyclic``: linear to the peak at t = 2/5, then linear
-    to zero (Wong et al., ICLR 2020, arXiv:2001.03994); t runs from 0 to 1 after the warm-up.
+    to zero (Wong et al., ICLR 2020, arXiv:2001.03994); t runs from 0 to 1 after the warm-up. A
+    warm-up takes the place of the cycle's own rise, which would begin at zero again.
     """
     top = peak(config, group)
     if epoch < config.warmup_epochs:
@@ -49,13 +50,16 @@ def rate(config: Config, group: str, epoch: float) -> float:
     schedule = config.schedule if group == "experts" else config.router_schedule
     if schedule == "cosine":
         return top * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "cyclic" and config.warmup_epochs:
+        return top * (1 - t)
     if schedule == "cyclic":
         return top * (t / 0.4 if t < 0.4 else (1 - t) / 0.6)
     return top
 
 
 def set_rates(config: Config, state: TrainState, epoch: float, factor: float = 1.0) -> None:
-    """Give every optimizer its rate for the next update, times a factor."""
+    """Set what changes over a run for the next update: AWP's size, the rates, times a factor."""
+    state.awp_gamma = config.awp_gamma if epoch >= config.awp_warmup else 0.0
     for group, optimizer in state.optimizers.items():
         for settings in optimizer.param_groups:
             settings["lr"] = factor * rate(config, group, epoch)

@@ -6,7 +6,7 @@ Shapes: B images, CHW channels and sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,8 +19,14 @@ from moe.folding import fold
 from moe.network import Network, is_router_parameter
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import UNSEEDED, Draw
+from pipeline.awp import Stack, perturbed, stacks, still_statistics
+from pipeline.ema import WeightAverage
+from pipeline.losses import cross_entropy_per_image
 
 GROUPS = ("experts", "router")
+
+Terms = Callable[[], dict[str, Tensor]]
+"""Computes the terms of a loss at the weights as they are, by name, in nats per image."""
 
 
 class NonFiniteError(RuntimeError):
@@ -29,6 +35,18 @@ class NonFiniteError(RuntimeError):
 
 def keep(flat: Tensor) -> None:
     """Average over one worker: leave the numbers as they are."""
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum the terms, each times its weight."""
+    first, *rest = (weights[name] * term for name, term in terms.items())
+    return sum(rest, first)
+
+
+def check_reach(loss: Tensor, groups: Sequence[str]) -> None:
+    """Refuse a loss that depends on no parameter that trains."""
+    if not loss.requires_grad:
+        raise ValueError(f"no gradient of the loss reaches {' and '.join(groups)}")
 
 
 @dataclass
@@ -41,6 +59,10 @@ class TrainState:
         average: Replaces a flat tensor by its mean over all workers, in place.
         noise: Random numbers of the current update, see ``pipeline.seeding``.
         watched: Scalars of the current update that must be finite, averaged over the workers.
+        ema: The average of the weights over the updates, where one is kept.
+        label_smoothing: Part of a label that ``cross_entropy`` spreads over all classes.
+        clip_norm: Largest norm of a group's gradient; 0: any.
+        awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
     """
 
     model: Network
@@ -48,6 +70,15 @@ class TrainState:
     average: Callable[[Tensor], None] = keep
     noise: Draw = UNSEEDED
     watched: dict[str, Tensor] = field(default_factory=dict)
+    ema: WeightAverage = field(default_factory=WeightAverage)
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    awp_gamma: float = 0.0
+
+    @property
+    def deployed(self) -> Network:
+        """What is validated, kept as the model of a checkpoint and tested: the average, if any."""
+        return self.ema.deployed(self.model)
 
     def parameters(self, group: str) -> list[nn.Parameter]:
         """List the parameters of a group that train, in the order of the model."""
@@ -98,6 +129,32 @@ class TrainState:
         """Keep a scalar to be checked, and reported, at the end of the update."""
         self.watched[name] = value.detach().float()
 
+    def cross_entropy(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
+        """Mean cross-entropy with smoothed labels, which are classes (B,) or shares (B, K)."""
+        return cross_entropy_per_image(logits_BK, y_B, self.label_smoothing).mean()
+
+    def minimize(
+        self, terms: Terms, weights: Mapping[str, float], *groups: str
+    ) -> dict[str, Tensor]:
+        """Update the named groups once on the weighted sum of ``terms``; return them, detached.
+
+        With ``awp_gamma`` the gradient is that at the worst weights of these groups nearby, for
+        the same images (see ``pipeline.awp``), and so is the loss that is watched; the terms that
+        are returned, and BatchNorm's running statistics, are those of the weights as they were,
+        which the update starts from.
+        """
+        losses = terms()
+        loss = weighted(losses, weights)
+        members = [p for own in self._members(*groups).values() for p in own]
+        if self.awp_gamma and (layers := stacks(self.model, members)):
+            check_reach(loss, groups)
+            with self._worst_weights(loss, layers):
+                self._backward(weighted(terms(), weights), *groups)
+            self._step(*groups)
+        else:
+            self.descend(loss, *groups)
+        return {name: term.detach() for name, term in losses.items()}
+
     def descend(self, loss: Tensor, *groups: str) -> None:
         """Update the named groups once; discard what ``loss`` sends to others.
 
@@ -107,10 +164,23 @@ class TrainState:
         Raises:
             ValueError: The loss depends on no parameter that trains.
         """
-        if not loss.requires_grad:
-            raise ValueError(f"no gradient of the loss reaches {' and '.join(groups)}")
-        parameters = {g: self.parameters(g) for g in groups if g in self.optimizers}
-        everything = [p for group in parameters.values() for p in group]
+        self._backward(loss, *groups)
+        self._step(*groups)
+
+    @contextmanager
+    def _worst_weights(self, loss: Tensor, layers: Sequence[Stack]) -> Iterator[None]:
+        weights = [weight for weight, _ in layers]
+        slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        self._mean(slopes)
+        with perturbed(layers, slopes, self.awp_gamma), still_statistics(self.model):
+            yield
+
+    def _members(self, *groups: str) -> dict[str, list[nn.Parameter]]:
+        return {g: self.parameters(g) for g in groups if g in self.optimizers}
+
+    def _backward(self, loss: Tensor, *groups: str) -> None:
+        check_reach(loss, groups)
+        everything = [p for own in self._members(*groups).values() for p in own]
         for parameter in everything:
             parameter.grad = None
         self.watch(f"loss of {' and '.join(groups)}", loss)
@@ -118,19 +188,26 @@ class TrainState:
         for parameter in everything:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._share([p.grad for p in everything if p.grad is not None])
-        for group, members in parameters.items():
-            grads = [p.grad for p in members if p.grad is not None]
-            self.watch(f"gradient norm of {group}", torch.nn.utils.get_total_norm(grads))
+
+    def _step(self, *groups: str) -> None:
+        members = self._members(*groups)
+        self._share([p.grad for own in members.values() for p in own if p.grad is not None])
+        for group, own in members.items():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+            self.watch(f"gradient norm of {group}", norm)
+            if self.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
             self.optimizers[group].step()
 
     def _share(self, tensors: list[Tensor]) -> None:
-        if self.average is keep:
-            return
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
         moving = [m for m in norms if m.track_running_stats]
         buffers = [b for m in moving for b in m.buffers() if b.is_floating_point()]
-        shared = [*tensors, *buffers, *self.watched.values()]
+        self._mean([*tensors, *buffers, *self.watched.values()])
+
+    def _mean(self, shared: Sequence[Tensor]) -> None:
+        if self.average is keep:
+            return
         flat = torch.cat([t.detach().flatten().float() for t in shared])
         self.average(flat)
         rows = torch.split(flat, [t.numel() for t in shared])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks"),
+    ("seeding", "losses", "attacks", "awp", "ema"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
@@ -31,7 +31,10 @@ ONLY = {
     "mlflow": {"tracking", "report"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
-HEAVY = ("ray", "mlflow", "pyarrow", "matplotlib", "safetensors", "sklearn", "rich", "PIL", "scipy")
+HEAVY = (
+    *("ray", "mlflow", "pyarrow", "matplotlib", "safetensors", "sklearn", "rich", "PIL", "scipy"),
+    "torchvision",
+)
 
 
 def modules(package: str) -> list[Path]:

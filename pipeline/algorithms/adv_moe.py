@@ -14,8 +14,8 @@ from pipeline.algorithms.aims import check_aim, joint, router_divergence
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image, kl
-from pipeline.state import TrainState
+from pipeline.losses import cross_entropy_per_image, dominant, kl
+from pipeline.state import Terms, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +77,39 @@ class AdvMoE:
 
     def _step_experts(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
-        with state.only("experts") as model:
-            terms = trades_terms(model, x_BCHW, x_adv, y_B)
-            state.descend(terms.natural + self.beta * terms.robust, "experts")
-        return terms.losses()
+        terms = trades_terms(state, x_BCHW, x_adv, y_B)
+        with state.only("experts"):
+            return state.minimize(terms, {"natural": 1.0, "robust": self.beta}, "experts")
 
     def _step_router(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         through = self.router_loss == "trades"  # the loss reaches through the experts
         aim = joint(self.aim, y_B) if through else router_divergence
         x_adv = state.perturb(self.attack, aim, x_BCHW)
-        with state.only("router") as model:
-            if through:
-                terms = trades_terms(model, x_BCHW, x_adv, y_B)
-                state.watch("router scores", terms.moved.router.abs().amax())
-                state.descend(terms.natural + self.beta * terms.robust, "router")
-                return terms.losses("router_")
-            clean, moved = model.router_scores(x_BCHW), model.router_scores(x_adv)
-            home_B = y_B % model.num_experts  # the expert that each class is sent to
-            homed = cross_entropy_per_image(clean, home_B).mean()
-            steady = kl(clean, moved)
-            state.watch("router scores", moved.abs().amax())
-            state.descend(self.alpha * homed + self.beta * steady, "router")
-            return {"router_homed": homed.detach(), "router_steady": steady.detach()}
+        if through:
+            terms = trades_terms(state, x_BCHW, x_adv, y_B)
+            weights = {"natural": 1.0, "robust": self.beta}
+        else:
+            terms = pseudo_label_terms(state, x_BCHW, x_adv, y_B)
+            weights = {"homed": self.alpha, "steady": self.beta}
+        with state.only("router"):
+            losses = state.minimize(terms, weights, "router")
+        return {f"router_{name}": loss for name, loss in losses.items()}
+
+
+def pseudo_label_terms(state: TrainState, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) -> Terms:
+    """``CE(r(x), y mod E)`` and ``KL(r(x) || r(x'))``, as in AdvMoE's released code.
+
+    A mixed image goes to the expert of the class that shows most. Labels of experts are not
+    smoothed: ``label_smoothing`` is about what an image shows.
+    """
+
+    def terms() -> dict[str, Tensor]:
+        clean, moved = state.model.router_scores(x_BCHW), state.model.router_scores(x_adv)
+        state.watch("router scores", moved.abs().amax())
+        home_B = dominant(y_B) % state.model.num_experts  # the expert that each class is sent to
+        return {
+            "homed": cross_entropy_per_image(clean, home_B).mean(),
+            "steady": kl(clean, moved),
+        }
+
+    return terms

@@ -32,7 +32,12 @@ def divergence(model: Network, x_BCHW: Tensor) -> Objective:
 
 
 def error(y_B: Tensor) -> Aim:
-    """Make the aim ``CE(f(x'), y)``, (B,) (Madry et al., arXiv:1706.06083, eq. 2.1)."""
+    """Make the aim ``CE(f(x'), y)``, (B,) (Madry et al., arXiv:1706.06083, eq. 2.1).
+
+    Labels are not smoothed here: with smoothed ones an attack on a net that has learned them
+    succeeds by making it surer of the right class. The shares of a mixed image (B, K) are kept:
+    against its larger class alone, the smaller one would be a success.
+    """
 
     def aim(model: Network, x_BCHW: Tensor) -> Objective:
         return lambda x_adv: cross_entropy_per_image(model(x_adv).logits, y_B)

@@ -40,7 +40,5 @@ class MoEAT:
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
         x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
-        terms = trades_terms(state.model, x_BCHW, x_adv, y_B)
-        state.watch("router scores", terms.moved.router.abs().amax())
-        state.descend(terms.natural + self.beta * terms.robust, *GROUPS)
-        return terms.losses()
+        terms = trades_terms(state, x_BCHW, x_adv, y_B)
+        return state.minimize(terms, {"natural": 1.0, "robust": self.beta}, *GROUPS)

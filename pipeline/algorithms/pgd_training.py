@@ -7,7 +7,6 @@ from torch import Tensor
 from pipeline.algorithms.aims import error
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image
 from pipeline.state import GROUPS, TrainState
 
 
@@ -24,6 +23,8 @@ class PGDTraining:
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
         x_adv = state.perturb(self.attack, error(y_B), x_BCHW)
-        robust = cross_entropy_per_image(state.model(x_adv).logits, y_B).mean()
-        state.descend(robust, *GROUPS)
-        return {"robust": robust.detach()}
+
+        def terms() -> dict[str, Tensor]:
+            return {"robust": state.cross_entropy(state.model(x_adv).logits, y_B)}
+
+        return state.minimize(terms, {"robust": 1.0}, *GROUPS)

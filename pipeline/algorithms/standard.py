@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.losses import cross_entropy_per_image
 from pipeline.state import GROUPS, TrainState
 
 
@@ -14,6 +13,8 @@ class Standard:
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
-        natural = cross_entropy_per_image(state.model(x_BCHW).logits, y_B).mean()
-        state.descend(natural, *GROUPS)
-        return {"natural": natural.detach()}
+
+        def terms() -> dict[str, Tensor]:
+            return {"natural": state.cross_entropy(state.model(x_BCHW).logits, y_B)}
+
+        return state.minimize(terms, {"natural": 1.0}, *GROUPS)

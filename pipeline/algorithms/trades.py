@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
-from moe.network import Network
-from moe.routing import Routed
 from pipeline.algorithms.aims import check_aim, divergence, error
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image, kl
-from pipeline.state import GROUPS, TrainState
+from pipeline.losses import kl
+from pipeline.state import GROUPS, Terms, TrainState
 
 
-class Terms(NamedTuple):
-    """The two terms of TRADES, in nats per image, and the outputs they came from."""
-
-    natural: Tensor
-    robust: Tensor
-    clean: Routed
-    moved: Routed
-
-    def losses(self, prefix: str = "") -> dict[str, Tensor]:
-        """Detached terms by name."""
-        return {
-            f"{prefix}natural": self.natural.detach(),
-            f"{prefix}robust": self.robust.detach(),
-        }
-
-
-def trades_terms(model: Network, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) -> Terms:
+def trades_terms(state: TrainState, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) -> Terms:
     """``CE(f(x), y)`` and ``KL(f(x) || f(x'))`` (Zhang et al., ICML 2019, arXiv:1901.08573)."""
-    clean, moved = model(x_BCHW), model(x_adv)
-    natural = cross_entropy_per_image(clean.logits, y_B).mean()
-    return Terms(natural, kl(clean.logits, moved.logits), clean, moved)
+
+    def terms() -> dict[str, Tensor]:
+        clean, moved = state.model(x_BCHW), state.model(x_adv)
+        state.watch("router scores", moved.router.abs().amax())
+        natural = state.cross_entropy(clean.logits, y_B)
+        return {"natural": natural, "robust": kl(clean.logits, moved.logits)}
+
+    return terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +52,5 @@ class Trades:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
         aim = divergence if self.aim == "kl" else error(y_B)
         x_adv = state.perturb(self.attack, aim, x_BCHW)
-        terms = trades_terms(state.model, x_BCHW, x_adv, y_B)
-        state.descend(terms.natural + self.beta * terms.robust, *GROUPS)
-        return terms.losses()
+        terms = trades_terms(state, x_BCHW, x_adv, y_B)
+        return state.minimize(terms, {"natural": 1.0, "robust": self.beta}, *GROUPS)

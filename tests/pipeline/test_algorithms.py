@@ -181,6 +181,107 @@ def test_negative_weight_of_stability_is_refused(name: str) -> None:
         ALGORITHMS[name](beta=-0.5)
 
 
+# The recipe
+
+
+def trained(
+    model: Network, name: str, labels: Callable[[Tensor], Tensor] = lambda y_B: y_B, **recipe: float
+) -> dict[str, Tensor]:
+    """Weights after one update of plain SGD at rate 1."""
+    state = TrainState(copy.deepcopy(model).train(), {}, noise=Noise(generator_at("cpu", 0)))
+    state.optimizers = {
+        group: torch.optim.SGD(members, lr=1.0)
+        for group in RATES
+        if (members := state.parameters(group))
+    }
+    for setting, value in recipe.items():
+        setattr(state, setting, value)
+    x_BCHW, y_B = batch()
+    ALGORITHMS[name]().step(state, x_BCHW, labels(y_B))
+    state.check(1)
+    return {key: parameter.detach() for key, parameter in state.model.named_parameters()}
+
+
+def group_of(weights: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    return {k: w for k, w in weights.items() if is_router_parameter(k) == (group == "router")}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_perturbs_the_weights_of_both_groups(small: Network, name: str) -> None:
+    plain, other = trained(small, name), trained(small, name, awp_gamma=0.02)
+    for group in RATES:
+        own = group_of(plain, group)
+        assert any(not torch.equal(weight, other[key]) for key, weight in own.items()), group
+    assert all(weight.isfinite().all() for weight in other.values())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_smooths_its_labels(small: Network, name: str) -> None:
+    plain, other = trained(small, name), trained(small, name, label_smoothing=0.1)
+    assert any(not torch.equal(weight, other[key]) for key, weight in plain.items())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_takes_the_shares_of_mixed_images(small: Network, name: str) -> None:
+    plain = trained(small, name)
+    whole = trained(small, name, lambda y_B: F.one_hot(y_B, 4).float())
+    for key, weight in plain.items():
+        torch.testing.assert_close(weight, whole[key], rtol=0, atol=1e-4, msg=key)
+    mixed = trained(small, name, lambda y_B: torch.full((len(y_B), 4), 0.25))
+    assert any(not torch.equal(weight, mixed[key]) for key, weight in plain.items())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_clips_each_group_and_keeps_the_direction(
+    small: Network, name: str
+) -> None:
+    start, plain = dict(small.named_parameters()), trained(small, name)
+    clipped = trained(small, name, clip_norm=1e-3)
+    for group in RATES if name != "adv_moe" else ["experts"]:  # its router sees other experts
+        steps = [
+            torch.cat([(now[key] - start[key]).detach().flatten() for key in group_of(now, group)])
+            for now in (plain, clipped)
+        ]
+        assert steps[0].norm() > 0.01
+        assert steps[1].norm().item() == pytest.approx(1e-3, rel=1e-2)
+        assert torch.cosine_similarity(steps[0], steps[1], 0) > 0.999
+    loose = trained(small, name, clip_norm=1e6)
+    assert all(torch.equal(weight, loose[key]) for key, weight in plain.items())
+
+
+def test_pseudo_label_of_a_mixed_image_is_that_of_its_larger_class(small: Network) -> None:
+    algorithm, (x_BCHW, y_B) = AdvMoE(router_loss="pseudo_label"), batch()
+    shares_BK = 0.6 * F.one_hot(y_B, 4) + 0.4 * F.one_hot((y_B + 1) % 4, 4)
+    found = []
+    for labels in (y_B, shares_BK):
+        state = training(copy.deepcopy(small))
+        found.append(algorithm._step_router(state, x_BCHW, labels))
+    assert found[0] == found[1]
+    state = training(copy.deepcopy(small))
+    state.label_smoothing = 0.3
+    assert algorithm._step_router(state, x_BCHW, y_B) == found[0], "experts are not classes"
+
+
+def test_attack_on_cross_entropy_aims_at_labels_that_are_not_smoothed(small: Network) -> None:
+    seen = []
+
+    def spy(state: TrainState) -> Any:
+        real = state.perturb
+
+        def perturb(*given: Any) -> Tensor:
+            seen.append(real(*given))
+            return seen[-1]
+
+        return perturb
+
+    for smoothing in (0.0, 0.3):
+        state = training(copy.deepcopy(small))
+        state.label_smoothing = smoothing
+        state.perturb = spy(state)  # type: ignore[method-assign]
+        ALGORITHMS["pgd_training"]().step(state, *batch())
+    assert torch.equal(*seen)
+
+
 # AdvMoE, slowly
 
 

@@ -65,6 +65,13 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "schedule": "cyclic",
     "router_schedule": "constant",
     "warmup_epochs": 0.5,
+    "ema_decay": 0.99,
+    "awp_gamma": 0.01,
+    "awp_warmup": 1.5,
+    "label_smoothing": 0.1,
+    "clip_norm": 1.0,
+    "augmentation": "randaugment",
+    "cutmix": 0.5,
     "seed": 1,
     "checkpoint_steps": 10,
     "storage": "elsewhere",
@@ -166,6 +173,14 @@ def test_unknown_key_is_refused_with_the_known_ones(key: str, known: str) -> Non
         ("dataset.validation", "0.9", "0.5"),
         ("name", "a/b", "without /"),
         ("name", "", "without /"),
+        ("ema_decay", "1", "at least 0 and below 1"),
+        ("ema_decay", "-0.1", "at least 0 and below 1"),
+        ("label_smoothing", "nan", "at least 0 and below 1"),
+        ("awp_gamma", "-0.01", "at least 0 and finite"),
+        ("awp_warmup", "inf", "at least 0 and finite"),
+        ("clip_norm", "-1.0", "at least 0 and finite"),
+        ("augmentation", "autoaugment", "none, randaugment"),
+        ("cutmix", "1.5", "from 0 to 1"),
         ("workers", "3", "batch_size must be a multiple of workers (3)"),
     ],
 )
@@ -296,3 +311,9 @@ def test_config_and_its_components_are_frozen() -> None:
         name = dataclasses.fields(node)[0].name  # type: ignore[arg-type]
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(node, name, 1)
+
+
+def test_cutmix_wants_images_in_pairs_on_every_worker() -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 4 .* got 66"):
+        override(Config(), {"cutmix": 0.5, "batch_size": 66, "workers": 2})
+    assert override(Config(), {"cutmix": 0.5, "batch_size": 68, "workers": 2}).cutmix == 0.5

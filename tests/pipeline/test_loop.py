@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.network import Network
 from moe.routing import Route
 from pipeline import checkpoint, final, loop
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.config import Config, override
+from pipeline.ema import WeightAverage
 from pipeline.loop import NonFiniteError, fit
 from pipeline.session import Session
+from pipeline.state import TrainState
 
 Events = list[Mapping[str, Any]]
 
@@ -92,6 +95,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     for name, at in (("newest", newest(folder)), ("best", folder / "checkpoints" / "best")):
         model, saved = checkpoint.load_model(at), checkpoint.load_state(at)
         flat |= {f"{name} {key}": value for key, value in model.state_dict().items()}
+        flat |= {f"{name} trained {key}": value for key, value in saved.get("weights", {}).items()}
         for group, state in saved["optimizers"].items():
             for index, slot in state["state"].items():
                 flat |= {f"{name} {group} {index} {k}": v for k, v in slot.items()}
@@ -234,6 +238,118 @@ def test_interrupted_run_ends_as_if_it_had_not_been(
     assert ending(events) == ending(straight[1])
 
 
+RECIPE = {
+    "ema_decay": 0.9,
+    "awp_gamma": 0.01,
+    "awp_warmup": 0.5,
+    "label_smoothing": 0.1,
+    "clip_norm": 1.0,
+    "augmentation": "randaugment",
+    "cutmix": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Events]:
+    """The same run with every option of the recipe."""
+    folder = tmp_path_factory.mktemp("rich")
+    return folder, run(override(TINY, RECIPE), folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "every"),
+    [("epoch", 1, 0), ("progress", 11, 3)],
+)
+def test_interrupted_run_with_every_option_ends_as_if_it_had_not_been(
+    rich: tuple[Path, Events], tmp_path: Path, kind: str, count: int, every: int
+) -> None:
+    config = override(TINY, RECIPE | {"checkpoint_steps": every})
+    with pytest.raises(StopError):
+        run(config, tmp_path, stop_at(kind, count))
+    torch.rand(3)
+    events = run(config, tmp_path)
+    assert_equal_runs(rich[0], tmp_path)
+    assert [event["kind"] for event in events].count("resumed") == 1
+    assert ending(events) == ending(rich[1])
+    saved = checkpoint.load_state(newest(tmp_path))
+    assert saved["ema_updates"] == 3 * STEPS
+
+
+def test_average_of_the_weights_is_what_is_validated_kept_and_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    judged: list[dict[str, Tensor]] = []
+    follow, judge = WeightAverage.follow, loop.judge
+
+    def weights(model: Network) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def recorded(average: WeightAverage, model: Network) -> None:
+        seen.append(weights(model))
+        follow(average, model)
+
+    def watched(model: Network, *given: Any, **settings: Any) -> Any:
+        judged.append(weights(model))
+        return judge(model, *given, **settings)
+
+    monkeypatch.setattr(WeightAverage, "follow", recorded)
+    monkeypatch.setattr(loop, "judge", watched)
+    monkeypatch.setattr(final, "judge", watched)
+    run(override(TINY, {"ema_decay": 0.5, "epochs": 2}), tmp_path)
+    mean, wanted = dict(seen[0]), []
+    for t, new in enumerate(seen[1:], 1):
+        d = min(0.5, (1 + t) / (10 + t))
+        mean = {name: d * mean[name] + (1 - d) * new[name] for name in mean}
+        wanted.append(mean)
+    epochs = [wanted[STEPS * epoch - 2] for epoch in (1, 2)]
+    best = checkpoint.verify(tmp_path / "checkpoints" / "best")["epoch"]
+    for found, averaged in zip(judged, [*epochs, epochs[best - 1]], strict=True):
+        for name, weight in averaged.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    kept = weights(checkpoint.load_model(tmp_path / "checkpoints" / "best"))
+    assert all(torch.equal(kept[name], judged[-1][name]) for name in kept)
+    trained = checkpoint.load_state(newest(tmp_path))["weights"]
+    assert all(torch.equal(trained[name], weight) for name, weight in seen[-1].items())
+    assert any(not torch.equal(trained[name], judged[1][name]) for name in kept)
+
+
+def test_options_that_are_off_leave_no_trace_in_a_checkpoint(straight: tuple[Path, Events]) -> None:
+    assert checkpoint.load_state(newest(straight[0])).keys() == {"optimizers"}
+
+
+@pytest.mark.parametrize("option", ["randaugment", "cutmix"])
+def test_option_of_the_images_changes_neither_crops_nor_noise(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """So that runs with and without it can be compared update by update."""
+    real, found = loop.augment, []
+
+    def recorded(x_BCHW: Tensor, **settings: Any) -> Tensor:
+        state = settings["generator"].get_state()
+        y_BCHW = real(x_BCHW, **settings)
+        found.append((state, settings["generator"].get_state()))
+        return y_BCHW
+
+    monkeypatch.setattr(loop, "augment", recorded)
+    changes = {"augmentation": option} if option == "randaugment" else {"cutmix": 1.0}
+    batches = []
+    for config in (TINY, override(TINY, changes)):
+        splits = config.dataset.load(0)
+        state = TrainState(checkpoint.build_model(config), {})
+        _, x_BCHW, y_B = next(loop.batches(config, Session(), splits, 1, 2, state))
+        batches.append((x_BCHW, y_B, state.noise.uniform(x_BCHW)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert torch.equal(batches[0][2], batches[1][2])
+    assert not torch.equal(batches[0][0], batches[1][0])
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert batches[1][0].is_contiguous(memory_format=torch.channels_last)
+    if option == "cutmix":
+        shares_BK = batches[1][1]
+        assert shares_BK.shape == (20, 4)
+        torch.testing.assert_close(shares_BK.sum(1), torch.ones(20))
+
+
 def test_losses_of_an_epoch_that_was_interrupted_are_those_of_all_its_updates(
     straight: tuple[Path, Events], tmp_path: Path
 ) -> None:
@@ -373,6 +489,10 @@ def test_collapsed_router_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"algorithm": "moe_at", "precision": "bf16", "schedule": "cyclic"},
         {"algorithm": "pgd_training", "evaluation.norm": "l2", "evaluation.restarts": 2},
         {"algorithm.minibatches": "two", "backbone.num_experts": 3},
+        RECIPE | {"algorithm.router_loss": "pseudo_label", "algorithm.aim": "ce"},
+        RECIPE | {"algorithm": "moe_at", "algorithm.aim": "ce", "precision": "bf16"},
+        RECIPE | {"algorithm": "pgd_training", "backbone.num_experts": 1, "precision": "bf16"},
+        RECIPE | {"algorithm": "standard", "backbone.router_scope": "per_layer"},
     ],
 )
 def test_run_of_one_epoch_works_and_is_finite(tmp_path: Path, changes: dict[str, Any]) -> None:

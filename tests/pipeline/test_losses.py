@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from pipeline.losses import cross_entropy_per_image, kl, kl_per_image, margin_per_image
+from pipeline.losses import (
+    cross_entropy_per_image,
+    dominant,
+    kl,
+    kl_per_image,
+    margin_per_image,
+)
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -96,3 +102,43 @@ def test_margin_has_a_gradient_to_two_logits_alone() -> None:
     margin_per_image(z_BK, torch.tensor([0])).sum().backward()
     assert z_BK.grad is not None
     assert z_BK.grad.tolist() == [[-1.0, 0.0, 1.0]]
+
+
+# Labels that are smoothed, and labels of mixed images
+
+
+def test_smoothed_cross_entropy_is_that_of_torch_and_of_the_smoothed_labels() -> None:
+    z_BK, y_B = logits(20, 5), torch.arange(20) % 5
+    found_B = cross_entropy_per_image(z_BK, y_B, 0.2)
+    torch_s = torch.nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")(z_BK, y_B)
+    assert torch.equal(found_B, torch_s)
+    labels_BK = torch.full((20, 5), 0.2 / 5, dtype=torch.float64)
+    labels_BK[torch.arange(20), y_B] += 0.8
+    wanted_B = -(labels_BK * z_BK.log_softmax(1)).sum(1)
+    torch.testing.assert_close(found_B, wanted_B, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_of_shares_is_the_mean_over_the_classes_by_share(smoothing: float) -> None:
+    z_BK, one_B, other_B = logits(20, 5), torch.arange(20) % 5, torch.arange(20) % 3
+    share_B = torch.arange(20) / 32
+    shares_BK = torch.zeros(20, 5)
+    shares_BK[torch.arange(20), one_B] += 1 - share_B
+    shares_BK[torch.arange(20), other_B] += share_B
+    each_B = [cross_entropy_per_image(z_BK, y_B, smoothing) for y_B in (one_B, other_B)]
+    wanted_B = (1 - share_B) * each_B[0] + share_B * each_B[1]
+    found_B = cross_entropy_per_image(z_BK, shares_BK, smoothing)
+    torch.testing.assert_close(found_B, wanted_B, rtol=0, atol=1e-12)
+
+
+def test_shares_keep_their_digits_beside_logits_of_few() -> None:
+    z_BK, shares_BK = torch.zeros(1, 4, dtype=torch.bfloat16), torch.tensor([[0.501, 0.499, 0, 0]])
+    z_BK[0, 0] = 1000
+    assert cross_entropy_per_image(z_BK, shares_BK).item() == pytest.approx(499, rel=1e-6)
+
+
+def test_dominant_class_is_the_one_of_the_largest_share() -> None:
+    shares_BK = torch.tensor([[0.2, 0.3, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    assert dominant(shares_BK).tolist() == [2, 1, 0]
+    y_B = torch.tensor([3, 1])
+    assert torch.equal(dominant(y_B), y_B)

@@ -19,6 +19,7 @@ from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
+from pipeline.ema import WeightAverage
 from pipeline.loop import GATE_STEPS, RouterError, check_gate
 from pipeline.losses import cross_entropy_per_image
 from pipeline.seeding import Noise, generator_at
@@ -163,6 +164,16 @@ def test_router_with_a_gradient_and_a_dense_net_pass(build: Callable[..., Networ
         check_gate(1, state.check(1))
 
 
+def test_watched_gradient_norm_is_the_one_before_clipping(small: Network) -> None:
+    state, plain = state_of(copy.deepcopy(small), clip_norm=1e-3), state_of(small)
+    for each in (state, plain):
+        each.descend(loss_of(each), *GROUPS)
+    assert state.check(1) == plain.check(1)
+    for group in GROUPS:
+        grads = [p.grad for p in state.parameters(group) if p.grad is not None]
+        assert torch.nn.utils.get_total_norm(grads).item() <= 1e-3
+
+
 # Two workers
 
 
@@ -193,17 +204,23 @@ def gather(tensors: list[Tensor]) -> list[Tensor]:
     return parts
 
 
-def differing(model: Network, rank: int) -> list[str]:
+RECIPE = {"awp_gamma": 0.01, "clip_norm": 0.5, "label_smoothing": 0.1}
+
+
+def differing(model: Network, rank: int, **recipe: float) -> list[str]:
     """Train with every algorithm in turn; name those after which the replicas differ."""
     x_BCHW, y_B = (tensor[4 * rank :][:4] for tensor in uneven())
     counts = model.eval()(x_BCHW).route.bincount(minlength=2).tolist()
     assert counts == [[4, 0], [2, 2]][rank], "rank 0 gives one expert no image"
-    state, bad = state_of(model.train(), average=Session(rank, 2).average), []
+    state = state_of(model.train(), average=Session(rank, 2).average, **recipe)
+    state.ema, bad = WeightAverage(0.9), []
     for step, name in enumerate(ALGORITHMS):
         state.noise = Noise(generator_at("cpu", step), rank, 2)
         ALGORITHMS[name]().step(state, x_BCHW, y_B)
         state.check(step)
-        floats = [t for t in model.state_dict().values() if t.is_floating_point()]
+        state.ema.follow(model)
+        nets = (model, state.deployed)
+        floats = [t for n in nets for t in n.state_dict().values() if t.is_floating_point()]
         slots = [s for o in state.optimizers.values() for s in o.state.values()]
         one, other = gather([*floats, *(value for slot in slots for value in slot.values())])
         if not torch.equal(one, other):
@@ -211,17 +228,20 @@ def differing(model: Network, rank: int) -> list[str]:
     return bad
 
 
-def gradients(model: Network, algorithm: Any, rank: int, world: int) -> tuple[Any, Any]:
+def gradients(
+    model: Network, algorithm: Any, recipe: dict[str, float], rank: int, world: int
+) -> tuple[Any, Any]:
     """Take a step in eval mode, where BatchNorm does not look at the batch."""
     model, share = copy.deepcopy(model).eval(), 8 // world
     x_BCHW, y_B = (tensor[rank * share :][:share] for tensor in uneven())
-    state = state_of(model, average=Session(rank, world).average)
+    state = state_of(model, average=Session(rank, world).average, **recipe)
     state.noise = Noise(generator_at("cpu", 1), rank, world)
     algorithm.step(state, x_BCHW, y_B)
     return [parameter.grad for parameter in model.parameters()], state.check(1)
 
 
-JOINT = (Standard(), Trades(beta=2.0, attack=PGD(eps=0.05, step_size=0.02, steps=2)))
+TRADES = Trades(beta=2.0, attack=PGD(eps=0.05, step_size=0.02, steps=2))
+JOINT: tuple[tuple[Any, dict[str, float]], ...] = ((Standard(), {}), (TRADES, {}), (TRADES, RECIPE))
 
 
 def work(rank: int, model: Network, folder: str) -> None:
@@ -230,8 +250,9 @@ def work(rank: int, model: Network, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
         own = copy.deepcopy(model)  # what comes from the parent is in shared memory
-        found = [gradients(own, algorithm, rank, 2) for algorithm in JOINT]
-        torch.save({"gradients": found, "differing": differing(own, rank)}, f"{folder}/{rank}.pt")
+        found = [gradients(own, algorithm, recipe, rank, 2) for algorithm, recipe in JOINT]
+        bad = [differing(copy.deepcopy(own), rank, **recipe) for recipe in ({}, RECIPE)]
+        torch.save({"gradients": found, "differing": bad}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -254,19 +275,21 @@ def workers(bright: Network, tmp_path_factory: pytest.TempPathFactory) -> list[A
 def test_replicas_stay_equal_to_the_bit_where_one_gives_an_expert_no_image(
     workers: list[Any],
 ) -> None:
-    assert [found["differing"] for found in workers] == [[], []]
+    assert [found["differing"] for found in workers] == [[[], []], [[], []]]
 
 
 @pytest.mark.parametrize("number", range(len(JOINT)))
 def test_gradient_of_two_workers_is_that_of_one_on_the_joint_batch(
     bright: Network, workers: list[Any], number: int
 ) -> None:
-    wanted, numbers = gradients(bright, JOINT[number], 0, 1)
+    wanted, numbers = gradients(bright, *JOINT[number], 0, 1)
+    numbers.pop("router scores", None)  # of the workers' parts, the mean of the maxima
     names = [name for name, _ in bright.named_parameters()]
     for found in workers:
         grads, watched = found["gradients"][number]
         for name, grad, whole in zip(names, grads, wanted, strict=True):
             torch.testing.assert_close(grad, whole, rtol=1e-4, atol=1e-6, msg=name)
+        watched = {name: watched[name] for name in numbers}
         assert watched == pytest.approx(numbers, rel=1e-4), "so are the numbers that are reported"
 
 
