@@ -88,7 +88,7 @@ class Network(nn.Module):
         """Score the experts on normalized images: (B, E), zeros (B, 1) for a dense net."""
         if self.router is None:
             return x_BCHW.new_zeros(len(x_BCHW), 1)
-        parts = [x_BCHW] if self.router.training else x_BCHW.split(_piece(x_BCHW))
+        parts = [x_BCHW] if self.router.training else torch.split(x_BCHW, _piece(x_BCHW))
         return at_least_float32(torch.cat([self.router(part) for part in parts]))
 
     def _follow(self, x_BCHW: Tensor, route: Route) -> Tensor:
