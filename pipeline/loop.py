@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.diagnostics import load
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.data.loading import Splits, augment, epoch_order, to_float
+from pipeline.data.loading import Share, Splits, augment, to_float
 from pipeline.final import finish
 from pipeline.measures import MEASURES
 from pipeline.measures.judging import judge
@@ -182,23 +182,27 @@ def batches(
     Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
     stop and continue anywhere; they do not depend on the number of workers.
     """
-    order_N = epoch_order(len(splits.train), config.seed, epoch)
-    size, device = config.batch_size // session.world, session.device
-    for step in range(first, len(splits.train) // config.batch_size):
-        low = step * config.batch_size + session.rank * size
-        rows_B = order_N[low : low + size]
+    share = Share(
+        seed=config.seed,
+        epoch=epoch,
+        first=first,
+        batch_size=config.batch_size,
+        rank=session.rank,
+        world=session.world,
+    )
+    parts, device = session.in_step(splits.train.batches(share)), session.device
+    for step, (pixels_BCHW, y_B) in enumerate(parts, start=first):
         draws = generator_at(device, config.seed, "update", epoch, step)
         state.noise = Noise(draws, session.rank, session.world)
         x_BCHW = augment(
-            to_float(splits.train.pixels_NCHW[rows_B].to(device)),
+            to_float(pixels_BCHW.to(device)),
             pad=config.dataset.pad,
             flip=config.dataset.flip,
             generator=draws,
             rank=session.rank,
             world=session.world,
         )
-        y_B = splits.train.labels_N[rows_B].to(device)
-        yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
+        yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B.to(device)
 
 
 def check_gate(update: int, watched: dict[str, float]) -> None:
