@@ -111,7 +111,6 @@ def in_ray(
     The tasks ask for no CPU of Ray's: on a small cluster the training workers hold them all, and
     a task that waited for one would wait for ever.
     """
-    import pyarrow as pa
     import ray.data
     from ray.data import ExecutionResources
 
@@ -121,11 +120,10 @@ def in_ray(
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
-    table = pa.Table.from_pylist([as_row(unit) for unit in units])
+    rows = [as_row(unit) for unit in units]
     with ray.data.DataContext.current(context):
-        decoded = ray.data.from_arrow(
-            [table.slice(i, 1).combine_chunks() for i in range(len(table))]
-        ).map_batches(
+        # not from_arrow: that counts rows by a task, which asks for a CPU
+        decoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             partial(decode_row, decode=decode),
             batch_size=None,
             batch_format="pyarrow",
