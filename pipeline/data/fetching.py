@@ -110,13 +110,8 @@ def fetch_imagenette(download: Path, folder: Path) -> list[Path]:
     from torchvision import datasets
     from torchvision.models import ResNet18_Weights
 
-    seen: dict[str, int] = {}
-    names = []
-    for name in ResNet18_Weights.DEFAULT.meta["categories"]:  # crane and maillot come twice
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}{seen[name]}")
-    for split in ("train", "val"):
-        datasets.Imagenette(root=str(download), split=split, size="320px", download=True)
+    names = ResNet18_Weights.DEFAULT.meta["categories"]
+    datasets.Imagenette(root=str(download), size="320px", download=True)  # both splits
     found = scan(next(path for path in download.iterdir() if path.is_dir()))
     return [
         write_parquet(
