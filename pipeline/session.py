@@ -16,6 +16,11 @@ Event = Mapping[str, Any]
 T = TypeVar("T")
 
 
+def lasting(error: Exception) -> bool:
+    """Whether an error would come again: wrong data do, a lost process does not."""
+    return isinstance(error, ValueError)
+
+
 def ignore(_: Event) -> None:
     """Take an event and do nothing."""
 
@@ -63,7 +68,8 @@ class Session:
         waiting for it in the next update.
 
         Raises:
-            ValueError: Another worker has no item, or could not make it; says why.
+            ValueError: Another worker has no item, or met an error that would come again.
+            RuntimeError: Another worker met an error of another kind.
         """
         if self.world == 1:
             yield from items
@@ -79,10 +85,11 @@ class Session:
             dist.all_reduce(trouble)
             ended, failed = (int(count) for count in trouble.tolist())
             if failed or 0 < ended < self.world:
-                texts: list[str | None] = [None] * self.world
-                dist.all_gather_object(texts, str(error) if error else None)
-                reason = next(filter(None, texts), f"{ended} of {self.world} workers had no batch")
-                raise error or ValueError(reason)
+                told: list[tuple[bool, str] | None] = [None] * self.world
+                dist.all_gather_object(told, (lasting(error), str(error)) if error else None)
+                default = True, f"{ended} of {self.world} workers had no batch"
+                same, reason = next(filter(None, told), default)
+                raise error or (ValueError if same else RuntimeError)(reason)
             if ended:
                 return
             assert item is not None

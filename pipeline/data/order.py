@@ -84,7 +84,7 @@ def plan(order: Order, size_U: Tensor, share: Share) -> Reading:
     read_P[place_P] = torch.arange(len(place_P))
     last = read_P.view(len(places), -1).max(1).values.cummax(0).values
     unit_P = unit_N[row_P[place_P]]
-    which, counts = torch.unique_consecutive(unit_P, return_counts=True)  # type: ignore[no-untyped-call]
+    which, counts = torch.unique_consecutive(unit_P, return_counts=True)
     start_U = size_U.cumsum(0) - size_U
     inside = torch.split(row_P[place_P] - start_U[unit_P], counts.tolist())
     return Reading(list(zip(which.tolist(), inside, strict=True)), place_P, (last + 1).tolist())
