@@ -28,7 +28,15 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "algorithm": ALGORITHMS,
     "attack": ATTACKS,
 }
-ELSEWHERE = ("dataset.path", "storage", "tracking_uri", "experiment", "name", "checkpoint_steps")
+ELSEWHERE = (
+    "dataset.path",
+    "dataset.reader",
+    "storage",
+    "tracking_uri",
+    "experiment",
+    "name",
+    "checkpoint_steps",
+)
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
 

@@ -15,14 +15,17 @@ from pipeline.data import DATASETS, OnDisk
 from pipeline.data.loading import Splits, locate
 
 if TYPE_CHECKING:
+    from pipeline.data.files import Place
     from pipeline.data.parquet import Layout
 
 ABOUT = """\
-Datasets are looked for in $ROBUST_MOE_DATA/<name> (without it: data/<name>), as Hugging Face
+Datasets are looked for in $ROBUST_MOE_DATA/<folder> (without it: data/<folder>), as Hugging Face
 exports them: <split>-*.parquet with an image column img or image, and label or fine_label.
+ROBUST_MOE_DATA may be a URI that pyarrow reads: s3://bucket/prefix, gs://bucket/prefix.
 
   list                 which datasets there are, where they are looked for, and what is there
-  fetch NAME           download cifar10 or cifar100
+  fetch NAME           download cifar10, cifar100, tiny_imagenet or imagenette; for imagenet:
+                       what to put where, since its terms must be accepted first
   import FOLDER NAME   FOLDER/<split>/<class>/*.png|jpg, or FOLDER/<class>/*.png|jpg, to parquet
   check NAME|FOLDER    decode and verify every row
 """
@@ -48,7 +51,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="show which datasets there are")
     fetch = commands.add_parser("fetch", help="download a dataset")
-    fetch.add_argument("name", metavar="NAME", help="cifar10 or cifar100")
+    fetch.add_argument("name", metavar="NAME", help="of a dataset")
     bring = commands.add_parser("import", help="turn folders of images into parquet")
     bring.add_argument("folder", metavar="FOLDER", type=Path)
     bring.add_argument("name", metavar="NAME", help="name of the dataset to write")
@@ -87,22 +90,33 @@ def show_list() -> None:
     for name, kind in DATASETS.items():
         settings = kind()
         where, rows = "needs no files", "always there"
+        size = f"{settings.image_size} x {settings.image_size}"
         if isinstance(settings, OnDisk):
-            where, rows = str(locate("", name)), rows_there(locate("", name), settings.split_names)
-        classes, size = str(settings.num_classes), str(settings.image_size)
-        table.add_row(name, classes, f"{size} x {size}", where, rows)
+            folder = locate("", settings.folder)
+            where, rows = str(folder), rows_there(folder, settings)
+            size = f"any, to {size}" if settings.any_size else size
+        table.add_row(name, str(settings.num_classes), size, where, rows)
     show(table)
 
 
-def rows_there(folder: Path, splits: Sequence[str]) -> str:
-    """Count the rows of each split, or say in a few words why not."""
-    from pipeline.data.parquet import DamagedDataError, count_rows, find_shards
+def splits_of(settings: OnDisk, folder: "Place") -> list[str]:
+    """Name the splits of a dataset; the one to test on as it is called in this folder."""
+    from pipeline.data.files import TESTS, find_test
 
-    if not folder.is_dir():
-        return "not there"
+    return [(name in TESTS and find_test(folder)) or name for name in settings.split_names]
+
+
+def rows_there(folder: "Place", settings: OnDisk) -> str:
+    """Count the rows of each split, or say in a few words why not."""
+    from pipeline.data.files import DamagedDataError, find_shards
+    from pipeline.data.parquet import count_rows
+
     try:
+        if not folder.is_dir():
+            return "not there"
         counts = {
-            split: sum(count_rows(file) for file in find_shards(folder, split)) for split in splits
+            split: sum(count_rows(file) for file in find_shards(folder, split))
+            for split in splits_of(settings, folder)
         }
     except DamagedDataError as error:
         return str(error)
@@ -110,12 +124,14 @@ def rows_there(folder: Path, splits: Sequence[str]) -> str:
 
 
 def fetch(parser: Parser, name: str, to: Path | None) -> None:
-    """Download a dataset, or say that it needs no download."""
-    from pipeline.data.fetching import FETCHED
+    """Download a dataset, or say what to do instead."""
+    from pipeline.data.fetching import BY_HAND, FETCHED
     from pipeline.data.fetching import fetch as fetch_named
 
-    if name not in DATASETS:
-        parser.error(f"no dataset {name!r}, only {', '.join(DATASETS)}")
+    if name not in DATASETS and name not in FETCHED:
+        parser.error(f"no dataset {name!r}, only {', '.join(dict.fromkeys([*DATASETS, *FETCHED]))}")
+    if name in BY_HAND:
+        raise ValueError(BY_HAND[name].format(folder=target_folder(name, to)))
     if name not in FETCHED:
         print(f"{name} needs no files: there is nothing to fetch")
         return
@@ -135,9 +151,16 @@ def bring(parser: Parser, folder: Path, name: str, to: Path | None) -> None:
         parser.error(f"NAME must be letters, digits, '_', '-' and '.', got {name!r}")
     if not folder.is_dir():
         parser.error(f"folder {folder} does not exist")
-    label = getattr(DATASETS.get(name), "label_column", "label")
+    kind = DATASETS.get(name)
     found = scan(folder)
-    for file in import_folder(found, target_folder(name, to), image_column="image", label=label):
+    written = import_folder(
+        found,
+        target_folder(name, to),
+        image_column="image",
+        label=getattr(kind, "label_column", "label"),
+        mixed=getattr(kind, "any_size", False),
+    )
+    for file in written:
         print(f"wrote {file}")
     print(f"{len(found.class_names)} classes: {', '.join(found.class_names)}")
     if found.ignored:
@@ -145,33 +168,41 @@ def bring(parser: Parser, folder: Path, name: str, to: Path | None) -> None:
 
 
 def target_folder(name: str, to: Path | None) -> Path:
-    return to / name if to else locate("", name)
+    """Name the folder to write."""
+    name = getattr(DATASETS.get(name), "folder", name)
+    folder = to / name if to else locate("", name)
+    if not isinstance(folder, Path):
+        raise ValueError(f"{folder} cannot be written: give a folder by --to and copy it there")
+    return folder
 
 
 def check(parser: Parser, target: str) -> None:
     """Decode every row of a dataset or a folder, and show what is there."""
     from pipeline.data.checking import guess_layout
-    from pipeline.data.parquet import Layout, find_splits
+    from pipeline.data.files import find_splits, place
+    from pipeline.data.parquet import Layout
 
     settings = DATASETS[target]() if target in DATASETS else None
     if isinstance(settings, OnDisk):
-        layout = Layout(settings.label_column, settings.num_classes, settings.image_size)
-        check_files(locate("", target), settings.split_names, layout)
+        size = None if settings.any_size else settings.image_size
+        layout = Layout(settings.label_column, settings.num_classes, size)
+        folder = locate("", settings.folder)
+        check_files(folder, splits_of(settings, folder), layout)
     elif settings:
         show_made(target, settings.load(seed=0))
-    elif there := [path for path in (Path(target), locate("", target)) if path.is_dir()]:
+    elif there := [path for path in (place(target), locate("", target)) if path.is_dir()]:
         check_files(there[0], find_splits(there[0]), guess_layout(there[0]))
     else:
         parser.error(f"no folder and no dataset {target!r}, only {', '.join(DATASETS)}")
 
 
-def check_files(folder: Path, splits: Sequence[str], layout: "Layout") -> None:
+def check_files(folder: "Place", splits: Sequence[str], layout: "Layout") -> None:
     """Decode every row of these splits, and show their counts and hashes."""
     from pipeline.data.checking import check_split
-    from pipeline.data.parquet import fingerprint
+    from pipeline.data.files import Place, fingerprint
 
     table = Table("split", "rows", "classes", "per class", "pixels", "modes")
-    hashes, files = [], []
+    hashes, files = [], list[Place]()
     for split in splits:
         found = check_split(folder, split, layout)
         counts = found.classes.values()

@@ -16,7 +16,7 @@ from pipeline import checkpoint
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.augmentation import Augmentation
-from pipeline.data.loading import Splits, augment, epoch_order, to_float
+from pipeline.data.loading import Share, Splits, augment, to_float
 from pipeline.ema import WeightAverage
 from pipeline.final import finish
 from pipeline.measures import MEASURES
@@ -204,32 +204,28 @@ def batches(
     Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
     stop and continue anywhere; they do not depend on the number of workers.
     """
+    place = {"rank": session.rank, "world": session.world}
     extra = Augmentation(
         raw=config.augmentation,
         cutmix=config.cutmix,
         num_classes=config.dataset.num_classes,
         seed=config.seed,
-        rank=session.rank,
-        world=session.world,
+        **place,
     )
-    order_N = epoch_order(len(splits.train), config.seed, epoch)
-    size, device = config.batch_size // session.world, session.device
-    for step in range(first, len(splits.train) // config.batch_size):
-        low = step * config.batch_size + session.rank * size
-        rows_B = order_N[low : low + size]
+    share = Share(seed=config.seed, epoch=epoch, first=first, batch_size=config.batch_size, **place)
+    parts, device = session.in_step(splits.train.batches(share)), session.device
+    for step, (raw_BCHW, label_B) in enumerate(parts, start=first):
         draws = generator_at(device, config.seed, "update", epoch, step)
         state.noise = Noise(draws, session.rank, session.world)
-        pixels_BCHW = extra.before(splits.train.pixels_NCHW[rows_B], epoch, step)
+        pixels_BCHW = extra.before(raw_BCHW, epoch, step)
         x_BCHW = augment(
             to_float(pixels_BCHW.to(device)),
             pad=config.dataset.pad,
             flip=config.dataset.flip,
             generator=draws,
-            rank=session.rank,
-            world=session.world,
+            **place,
         )
-        y_B = splits.train.labels_N[rows_B].to(device)
-        x_BCHW, y_B = extra.after(x_BCHW, y_B, epoch, step)
+        x_BCHW, y_B = extra.after(x_BCHW, label_B.to(device), epoch, step)
         yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,12 @@ from torch import Tensor
 from pipeline.state import keep
 
 Event = Mapping[str, Any]
+T = TypeVar("T")
+
+
+def lasting(error: Exception) -> bool:
+    """Whether an error would come again: wrong data do, a lost process does not."""
+    return isinstance(error, ValueError)
 
 
 def ignore(_: Event) -> None:
@@ -54,6 +60,40 @@ class Session:
             moved = tensor.to(self.device)
             dist.all_reduce(moved)
             tensor.copy_(moved)
+
+    def in_step(self, items: Iterator[T]) -> Iterator[T]:
+        """Pass items on as long as every worker has one; an error of one ends all of them.
+
+        A worker that stopped alone, say at a damaged image of its part, would leave the others
+        waiting for it in the next update.
+
+        Raises:
+            ValueError: Another worker has no item, or met an error that would come again.
+            RuntimeError: Another worker met an error of another kind.
+        """
+        if self.world == 1:
+            yield from items
+            return
+        while True:
+            item, trouble, error = None, torch.zeros(2, device=self.device), None
+            try:
+                item = next(items)
+            except StopIteration:
+                trouble[0] = 1
+            except Exception as caught:
+                trouble[1], error = 1, caught
+            dist.all_reduce(trouble)
+            ended, failed = (int(count) for count in trouble.tolist())
+            if failed or 0 < ended < self.world:
+                told: list[tuple[bool, str] | None] = [None] * self.world
+                dist.all_gather_object(told, (lasting(error), str(error)) if error else None)
+                default = True, f"{ended} of {self.world} workers had no batch"
+                same, reason = next(filter(None, told), default)
+                raise error or (ValueError if same else RuntimeError)(reason)
+            if ended:
+                return
+            assert item is not None
+            yield item
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event, on rank 0."""

@@ -188,7 +188,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
     passed = {k: os.environ[k] for k in keys if k in os.environ}
     for key in ("ROBUST_MOE_DATA", "ROBUST_MOE_CACHE"):
         if key in os.environ:
-            passed[key] = str(Path(os.environ[key]).expanduser().resolve())
+            passed[key] = absolute(os.environ[key])
     passed.setdefault("ROBUST_MOE_DATA", str(Path("data").resolve()))
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     passed["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -208,6 +208,11 @@ def ray_cluster(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def absolute(folder: str) -> str:
+    """Make a folder's name one that holds in any working directory; a URI does already."""
+    return folder if "://" in folder else str(Path(folder).expanduser().resolve())
 
 
 @contextmanager

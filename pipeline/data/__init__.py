@@ -4,8 +4,10 @@ from typing import Protocol, runtime_checkable
 
 from pipeline.data.cifar import Cifar10, Cifar100
 from pipeline.data.digits import Digits
+from pipeline.data.imagenet import ImageNet
 from pipeline.data.loading import Splits
 from pipeline.data.synthetic import Synthetic
+from pipeline.data.tiny_imagenet import TinyImageNet
 
 
 class Dataset(Protocol):
@@ -41,10 +43,21 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class OnDisk(Dataset, Protocol):
-    """A dataset that lies in parquet files: the column of its labels, and the splits it needs."""
+    """A dataset that lies in parquet files.
+
+    Attributes:
+        folder: Name of its folder in ``$ROBUST_MOE_DATA``.
+        label_column: Of the files.
+        any_size: Whether its images differ in size.
+        split_names: The splits it needs.
+    """
 
     @property
+    def folder(self) -> str: ...
+    @property
     def label_column(self) -> str: ...
+    @property
+    def any_size(self) -> bool: ...
     @property
     def split_names(self) -> tuple[str, ...]: ...
 
@@ -54,4 +67,6 @@ DATASETS: dict[str, type[Dataset]] = {
     "synthetic": Synthetic,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "tiny_imagenet": TinyImageNet,
+    "imagenet": ImageNet,
 }

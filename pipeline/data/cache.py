@@ -2,7 +2,8 @@
 
 The pages of a mapped file are shared, so that eight workers hold one copy in memory. The folder is
 ``$ROBUST_MOE_CACHE``, or one of this user's own among the temporary files; it may be deleted at
-any time. A cache that cannot be used costs time, never the run.
+any time. Arrays are made in their file, so that a set larger than memory can be (ImageNet's 50,000
+test images at 224 px are 7.5 GB). A cache that cannot be used costs time, never the run.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 VERSION = 1  # raise it when the same files would be decoded to other arrays
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+Fill = Callable[[NDArray[np.uint8], NDArray[np.int64]], None]
 
 
 def cache_folder() -> Path:
@@ -27,7 +29,7 @@ def cache_folder() -> Path:
     return Path(chosen or Path(tempfile.gettempdir()) / f"robust-moe-{os.getuid()}").expanduser()
 
 
-def cached(key: str, shape: tuple[int, ...], make: Callable[[], Arrays]) -> Arrays:
+def cached(key: str, shape: tuple[int, ...], fill: Fill) -> Arrays:
     """Map the arrays stored under ``key``, or make and store them first.
 
     Of several processes that ask at once, one makes and the others wait.
@@ -35,21 +37,26 @@ def cached(key: str, shape: tuple[int, ...], make: Callable[[], Arrays]) -> Arra
     Args:
         key: A hash of all that decides the arrays.
         shape: Shape (N, C, H, W) of the pixels; a file that does not fit it is made anew.
-        make: Gives pixels (N, C, H, W) and labels (N,).
+        fill: Writes pixels (N, C, H, W) and labels (N,) into the arrays it is given.
     """
-    made: Arrays | None = None
     folder = cache_folder()
     try:
         with only_one(folder, key):
             if (found := find(folder, key, shape)) is not None:
                 return found
-            made = make()
-            save(folder / f"{key}.pixels.npy", made[0])
-            save(folder / f"{key}.labels.npy", made[1])
-            return find(folder, key, shape) or made
+            with (
+                new(folder / f"{key}.pixels.npy", shape, np.uint8) as pixels,
+                new(folder / f"{key}.labels.npy", shape[:1], np.int64) as labels,
+            ):
+                fill(pixels, labels)
+            if (found := find(folder, key, shape)) is not None:
+                return found
+            raise OSError("what was written cannot be read again")
     except OSError as error:
         warnings.warn(f"decoded images are not kept in {folder}: {error}", stacklevel=2)
-    return made or make()
+    arrays = np.empty(shape, np.uint8), np.empty(shape[:1], np.int64)
+    fill(*arrays)
+    return arrays
 
 
 @contextmanager
@@ -94,13 +101,21 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> ND
     return array
 
 
-def save(path: Path, array: NDArray[Any]) -> None:
-    """Write an array whole or not at all."""
+@contextmanager
+def new(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Iterator[NDArray[Any]]:
+    """Give an array that lies in a file, which gets its name when the block ends well.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with part.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
+        array = np.lib.format.open_memmap(part, "w+", dtype, shape)
+        with part.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk met while writing kills the process
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+            yield array
+            array.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:

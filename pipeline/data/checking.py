@@ -2,15 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from pipeline.data.files import DamagedDataError, Place, find_shards, find_splits
 from pipeline.data.parquet import (
-    DamagedDataError,
     Layout,
     class_names,
     decode_rows,
-    find_shards,
-    find_splits,
     open_parquet,
     read_rows,
 )
@@ -22,13 +19,13 @@ LABEL_COLUMNS = ("label", "fine_label")
 class Summary:
     """What one split holds; counted by class, by size in pixels, and by Pillow's mode."""
 
-    files: list[Path]
+    files: list[Place]
     classes: Counter[int] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
 
 
-def check_split(folder: Path, split: str, layout: Layout) -> Summary:
+def check_split(folder: Place, split: str, layout: Layout) -> Summary:
     """Decode all images of a split, one after the other.
 
     Raises:
@@ -49,7 +46,7 @@ def check_split(folder: Path, split: str, layout: Layout) -> Summary:
     return summary
 
 
-def guess_layout(folder: Path) -> Layout:
+def guess_layout(folder: Place) -> Layout:
     """Find the label column of a folder of unknown data, and how many classes it says it has.
 
     Raises:

@@ -6,7 +6,8 @@ Both are described in A. Krizhevsky, "Learning Multiple Layers of Features from 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.data.loading import Splits, check_settings, locate, make_splits
+from pipeline.data.decoded import check_small, load_small
+from pipeline.data.loading import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,17 @@ class Cifar10:
     flip: bool = True
     num_classes: ClassVar[int] = 10
     image_size: ClassVar[int] = 32
+    any_size: ClassVar[bool] = False
+    folder: ClassVar[str] = "cifar10"
     label_column: ClassVar[str] = "label"
     split_names: ClassVar[tuple[str, str]] = ("train", "test")
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_small(self)
 
     def load(self, seed: int) -> Splits:
         """Read and split the images; ``seed`` draws the subsets and the validation split."""
-        return _load(self, "cifar10", seed)
+        return load_small(self, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,39 +69,14 @@ class Cifar100:
     flip: bool = True
     num_classes: ClassVar[int] = 100
     image_size: ClassVar[int] = 32
+    any_size: ClassVar[bool] = False
+    folder: ClassVar[str] = "cifar100"
     label_column: ClassVar[str] = "fine_label"
     split_names: ClassVar[tuple[str, str]] = ("train", "test")
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_small(self)
 
     def load(self, seed: int) -> Splits:
         """Read and split the images; ``seed`` draws the subsets and the validation split."""
-        return _load(self, "cifar100", seed)
-
-
-def _check(cifar: Cifar10 | Cifar100) -> None:
-    check_settings(
-        validation=cifar.validation,
-        train_images=cifar.train_images,
-        test_images=cifar.test_images,
-        pad=cifar.pad,
-    )
-
-
-def _load(cifar: Cifar10 | Cifar100, name: str, seed: int) -> Splits:
-    from pipeline.data.parquet import Layout, load_parquet  # only here: needs pyarrow and Pillow
-
-    layout = Layout(cifar.label_column, cifar.num_classes, cifar.image_size)
-    stored = load_parquet(locate(cifar.path, name), cifar.split_names, layout)
-    train, test = stored.images
-    return make_splits(
-        train,
-        test,
-        seed,
-        train_images=cifar.train_images,
-        test_images=cifar.test_images,
-        validation=cifar.validation,
-        sha256=stored.sha256,
-        class_names=stored.class_names,
-    )
+        return load_small(self, seed)

@@ -1,5 +1,6 @@
 """Folders of images, one folder for each class, as torchvision's ImageFolder reads them."""
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,13 +69,21 @@ def filled(folder: Path) -> list[Path]:
     return found
 
 
-def import_folder(found: Folder, target: Path, *, image_column: str, label: str) -> list[Path]:
+def import_folder(
+    found: Folder, target: Path, *, image_column: str, label: str, mixed: bool = False
+) -> list[Path]:
     """Write all splits as parquet with the bytes of the images unchanged.
+
+    Rows go class by class, or ``mixed``, always in the same way: a set that is streamed is shuffled
+    by row groups, and a row group of one class would spoil that.
 
     Raises:
         ValueError: An image cannot be decoded; the message names it.
     """
     number_of = {name: number for number, name in enumerate(found.class_names)}
+    splits = found.splits
+    if mixed:
+        splits = {name: random.Random(name).sample(f, len(f)) for name, f in splits.items()}
     return [
         write_parquet(
             target,
@@ -84,7 +93,7 @@ def import_folder(found: Folder, target: Path, *, image_column: str, label: str)
             {label: found.class_names},
             image_column=image_column,
         )
-        for split, files in found.splits.items()
+        for split, files in splits.items()
     ]
 
 

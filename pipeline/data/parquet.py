@@ -7,12 +7,10 @@ rows count from 0 in each file.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +20,20 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import cache
+from pipeline.data.files import (
+    DamagedDataError,
+    Place,
+    Remote,
+    find_shards,
+    fingerprint,
+    size_of,
+)
 from pipeline.data.loading import Images
 from pipeline.data.pictures import one_line, open_picture, to_rgb
 
 IMAGE_COLUMNS = ("img", "image")
-ROWS = 512  # read and decoded at a time
-
-
-class DamagedDataError(ValueError):
-    """The files on disk do not hold what they should; the message names file and row."""
+ROWS = 512  # read at a time
+AHEAD = 64  # decoded at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Stored:
     class_names: tuple[str, ...]
 
 
-def load_parquet(folder: Path, splits: Sequence[str], layout: Layout) -> Stored:
+def load_parquet(folder: Place, splits: Sequence[str], layout: Layout) -> Stored:
     """Decode splits of a layout with fixed ``num_classes`` and ``size``, or map them if cached.
 
     Raises:
@@ -67,93 +70,43 @@ def load_parquet(folder: Path, splits: Sequence[str], layout: Layout) -> Stored:
         raise ValueError(f"num_classes and size must be given to load images, got {layout}")
     found = {split: find_shards(folder, split) for split in splits}
     every = [file for files in found.values() for file in files]
-    names = class_names(every[0], layout.label)
-    if not names:
-        names = tuple(str(label) for label in range(layout.num_classes))
-    if len(names) != layout.num_classes:
-        raise DamagedDataError(
-            f"{every[0]}: {layout.label} has {len(names)} classes, want {layout.num_classes}"
-        )
+    names = names_of_classes(every[0], layout.label, layout.num_classes)
     sha256 = fingerprint(every)
     images = tuple(load_split(files, layout, f"{sha256} {split}") for split, files in found.items())
     return Stored(images, sha256, names)
 
 
-def load_split(files: list[Path], layout: Layout, content: str) -> Images:
+def load_split(files: list[Place], layout: Layout, content: str) -> Images:
     """Decode the files of one split, or map them if cached; ``content`` tells what is in them."""
     assert layout.size is not None
     shape = (sum(count_rows(file) for file in files), 3, layout.size, layout.size)
     key = hashlib.sha256(repr((cache.VERSION, content, layout)).encode()).hexdigest()
-    pixels, labels = cache.cached(key, shape, lambda: decode_files(files, layout, shape))
+
+    def fill(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        end = 0
+        for file in files:
+            for rows in read_rows(file, layout):
+                start, end = end, end + len(rows.labels)
+                labels[start:end] = rows.labels
+                for i, picture in enumerate(decode_rows(rows, layout)):
+                    pixels[start + i] = picture.pixels
+        assert end == len(labels)
+
+    pixels, labels = cache.cached(key, shape, fill)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
-
-
-def decode_files(files: list[Path], layout: Layout, shape: tuple[int, ...]) -> cache.Arrays:
-    """Decode all rows to pixels (N, 3, size, size) and labels (N,)."""
-    pixels, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int64)
-    end = 0
-    for file in files:
-        for rows in read_rows(file, layout):
-            start, end = end, end + len(rows.labels)
-            labels[start:end] = rows.labels
-            for i, picture in enumerate(decode_rows(rows, layout)):
-                pixels[start + i] = picture.pixels
-    assert end == len(labels)
-    return pixels, labels
 
 
 # Files -------------------------------------------------------------------------------------------
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """List the files of a split by name.
-
-    Raises:
-        DamagedDataError: There is no such folder, no such split, or a shard is missing.
-    """
-    if not folder.is_dir():
-        raise DamagedDataError(
-            f"data folder {folder} does not exist; set ROBUST_MOE_DATA or dataset.path, or see "
-            "python -m pipeline.data_tool --help for how to fetch or import data"
-        )
-    pattern = f"{split}-*.parquet"
-    if not (files := sorted(folder.glob(pattern))):
-        there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
-        raise DamagedDataError(
-            f"no {split} split in {folder}: looked for {pattern}, found "
-            + (", ".join(there[:8]) or "no parquet files")
-        )
-    shards = [re.search(r"-(\d{5})-of-(\d{5})", file.name) for file in files]
-    numbers = [(int(shard[1]), int(shard[2])) for shard in shards if shard]
-    if numbers and numbers != [(i, len(files)) for i in range(len(files))]:
-        listed = ", ".join(file.name for file in files[:8])
-        raise DamagedDataError(f"{folder}: shards of {split} are missing or mixed up: {listed}")
-    return files
-
-
-def find_splits(folder: Path) -> list[str]:
-    """List the splits that a folder holds, train first."""
-    names = {file.name.split("-")[0] for file in folder.glob("*-*.parquet")}
-    return sorted(names, key=lambda name: (name != "train", name))
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Hash the bytes of files, in the order of their names."""
-    sha256 = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                sha256.update(block)
-    return sha256.hexdigest()
-
-
 @contextmanager
-def open_parquet(file: Path) -> Iterator[Any]:
+def open_parquet(file: Place) -> Iterator[Any]:
     """Open a file, and turn what Arrow says of damage into one line that names it."""
     try:
-        if not file.stat().st_size:
+        if not size_of(file):
             raise DamagedDataError(f"{file} is empty: 0 bytes")
-        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        source = file.open() if isinstance(file, Remote) else file
+        with pq.ParquetFile(source, page_checksum_verification=True) as opened:
             if not opened.metadata.num_rows:
                 raise DamagedDataError(f"{file} is empty: 0 rows")
             yield opened
@@ -163,13 +116,13 @@ def open_parquet(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def count_rows(file: Path) -> int:
+def count_rows(file: Place) -> int:
     """Read the number of rows from a file's footer."""
     with open_parquet(file) as opened:
         return int(opened.metadata.num_rows)
 
 
-def class_names(file: Path, label: str) -> tuple[str, ...]:
+def class_names(file: Place, label: str) -> tuple[str, ...]:
     """Read the names of a label's classes from what ``datasets`` wrote; empty if there are none."""
     with open_parquet(file) as opened:
         metadata = (opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
@@ -179,6 +132,18 @@ def class_names(file: Path, label: str) -> tuple[str, ...]:
         return ()
 
 
+def names_of_classes(file: Place, label: str, num_classes: int) -> tuple[str, ...]:
+    """Read as many names as there must be classes; numbers where a file names none.
+
+    Raises:
+        DamagedDataError: The file has another number of classes.
+    """
+    names = class_names(file, label) or tuple(str(number) for number in range(num_classes))
+    if len(names) != num_classes:
+        raise DamagedDataError(f"{file}: {label} has {len(names)} classes, want {num_classes}")
+    return names
+
+
 # Rows --------------------------------------------------------------------------------------------
 
 
@@ -186,7 +151,7 @@ def class_names(file: Path, label: str) -> tuple[str, ...]:
 class Rows:
     """Some rows of a file, still encoded; ``first`` is the position of the first of them."""
 
-    file: Path
+    file: Place
     first: int
     data: list[bytes]
     labels: NDArray[np.int64]
@@ -200,7 +165,7 @@ class Picture:
     mode: str
 
 
-def read_rows(file: Path, layout: Layout) -> Iterator[Rows]:
+def read_rows(file: Place, layout: Layout) -> Iterator[Rows]:
     """Stream through a file without holding more than some of its rows.
 
     Raises:
@@ -211,14 +176,7 @@ def read_rows(file: Path, layout: Layout) -> Iterator[Rows]:
         first, promised = 0, opened.metadata.num_rows
         for batch in opened.iter_batches(ROWS, columns=[image, layout.label]):
             labels = check_labels(file, first, batch.column(layout.label), layout.num_classes)
-            pictures = batch.column(image)
-            if pa.types.is_struct(pictures.type):
-                names = [field.name for field in pictures.type]
-                pictures = pictures.flatten()[names.index("bytes")]
-            data = pictures.to_pylist()
-            if None in data:
-                row = first + data.index(None)
-                raise DamagedDataError(f"{file}: row {row}: {image} holds no bytes")
+            data = bytes_of(file, first, batch, image)
             if first + len(data) <= promised:
                 yield Rows(file, first, data, labels)
             first += len(data)
@@ -226,7 +184,20 @@ def read_rows(file: Path, layout: Layout) -> Iterator[Rows]:
             raise DamagedDataError(f"{file}: has {first} rows, but its footer says {promised}")
 
 
-def check_columns(file: Path, schema: Any, label: str) -> str:
+def bytes_of(file: Place, first: int, batch: Any, image: str) -> list[bytes]:
+    """Return the encoded images of a batch or table whose first row is ``first`` in its file."""
+    pictures = batch.column(image)
+    if pa.types.is_struct(pictures.type):
+        names = [field.name for field in pictures.type]
+        pictures = pictures.flatten()[names.index("bytes")]
+    data: list[Any] = pictures.to_pylist()
+    if None in data:
+        row = first + data.index(None)
+        raise DamagedDataError(f"{file}: row {row}: {image} holds no bytes")
+    return data
+
+
+def check_columns(file: Place, schema: Any, label: str) -> str:
     """Return the name of the image column, after a look at the types of both columns."""
     images = [name for name in IMAGE_COLUMNS if name in schema.names]
     if not images or label not in schema.names:
@@ -242,7 +213,9 @@ def check_columns(file: Path, schema: Any, label: str) -> str:
     return images[0]
 
 
-def check_labels(file: Path, first: int, column: Any, num_classes: int | None) -> NDArray[np.int64]:
+def check_labels(
+    file: Place, first: int, column: Any, num_classes: int | None
+) -> NDArray[np.int64]:
     """Return labels (N,), each of them there and in range."""
     if column.null_count:
         row = first + column.is_null().to_pylist().index(True)
@@ -276,4 +249,5 @@ def decode_rows(rows: Rows, layout: Layout) -> Iterator[Picture]:
             raise DamagedDataError(f"{rows.file}: row {rows.first + i}: image {error}") from error
 
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(decode, range(len(rows.data)))
+        for start in range(0, len(rows.data), AHEAD):
+            yield from pool.map(decode, range(start, min(start + AHEAD, len(rows.data))))

@@ -33,7 +33,16 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    """Decode to uint8 (3, H, W): grey is repeated, alpha dropped, a camera's rotation applied.
+    """Decode to uint8 (3, H, W), see ``as_rgb``.
+
+    Raises:
+        ValueError: The image is damaged.
+    """
+    return np.asarray(as_rgb(picture)).transpose(2, 0, 1)
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Decode to mode RGB: grey is repeated, alpha dropped, a camera's rotation applied.
 
     Raises:
         ValueError: The image is damaged.
@@ -42,7 +51,7 @@ def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
-        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        return picture.convert("RGB")
     except Exception as error:  # decoders raise nearly anything when fed with damaged bytes
         raise ValueError(f"cannot be decoded: {one_line(error)}") from error
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-GROUP = 1000  # rows of a row group, the most that is held in memory
+GROUP = 1000  # rows of a row group at most,
+GROUP_BYTES = 16 << 20  # and bytes, but for the last image: a group is read and held as a whole
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -67,9 +67,15 @@ def write_parquet(
 
 
 def grouped(images: Iterable[tuple[bytes, str | None]]) -> Iterator[list[tuple[bytes, str | None]]]:
-    """Cut a stream into lists of at most ``GROUP``."""
-    stream = iter(images)
-    while group := list(islice(stream, GROUP)):
+    """Cut a stream into lists of at most ``GROUP`` images and about ``GROUP_BYTES``."""
+    group, size = list[tuple[bytes, str | None]](), 0
+    for image in images:
+        group.append(image)
+        size += len(image[0])
+        if len(group) == GROUP or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
         yield group
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline import data_tool
 from pipeline.data.cifar import Cifar10, Cifar100
+from pipeline.data.imagenet import ImageNet
 from pipeline.data.writing import write_parquet
 
 
@@ -198,6 +199,119 @@ def test_list_shows_every_dataset_and_the_rows_that_are_there(
     printed = capsys.readouterr().out
     for want in ("digits", "synthetic", "train 3, test 3", "not there"):
         assert want in printed
+
+
+def make_archive(root: Path) -> dict[str, bytes]:
+    """Lay out what Tiny-ImageNet's archive holds: two classes, of which one is in valid."""
+    files = {}
+    for wnid in ("n02", "n01"):
+        folder = root / "tiny-imagenet-200" / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        for i in range(2):
+            files[f"{wnid}_{i}.JPEG"] = picture(len(files), (64, 64), "JPEG")
+            (folder / f"{wnid}_{i}.JPEG").write_bytes(files[f"{wnid}_{i}.JPEG"])
+    val = root / "tiny-imagenet-200" / "val"
+    (val / "images").mkdir(parents=True)
+    files["val_0.JPEG"] = picture(9, (64, 64), "JPEG")
+    (val / "images" / "val_0.JPEG").write_bytes(files["val_0.JPEG"])
+    (val / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t63\t63\n")
+    return files
+
+
+def test_fetched_tiny_imagenet_keeps_its_bytes_and_sorts_its_classes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files: dict[str, bytes] = {}
+
+    def download(url: str, root: str, md5: str) -> None:
+        assert url.endswith("tiny-imagenet-200.zip")
+        assert len(md5) == 32
+        files.update(make_archive(Path(root)))
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", download)
+    assert data_tool.main(["fetch", "tiny_imagenet"]) == 0
+    folder = tmp_path / "data" / "tiny-imagenet"
+    found = {}
+    for split in ("train", "valid"):
+        table = pq.read_table(folder / f"{split}-00000-of-00001.parquet")
+        found[split] = table["label"].to_pylist()
+        for row in table["image"].to_pylist():
+            assert row["bytes"] == files[row["path"]]
+    assert found == {"train": [0, 0, 1, 1], "valid": [1]}
+
+
+def test_fetched_imagenette_has_imagenets_labels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fake(root: str, size: str, download: bool) -> None:
+        for split in ("train", "val"):
+            for wnid in ("n03888257", "n01440764"):
+                folder = Path(root) / "imagenette2-320" / split / wnid
+                folder.mkdir(parents=True)
+                (folder / "one.JPEG").write_bytes(picture(len(wnid), (50, 40), "JPEG"))
+
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", fake)
+    assert data_tool.main(["fetch", "imagenette"]) == 0
+    dataset = ImageNet(variant="imagenette", image_size=16, validation=0.5)
+    splits = dataset.load(seed=0)
+    assert sorted(splits.test.labels_N.tolist()) == [0, 701]
+    assert (splits.class_names[0], splits.class_names[701]) == ("tench", "parachute")
+
+
+def test_imagenet_is_not_fetched_but_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert data_tool.main(["fetch", "imagenet"]) == 1
+    error = capsys.readouterr().err
+    assert "terms have to be accepted" in error
+    assert f"put them in {tmp_path}/data/imagenet;" in error
+    assert error.count("\n") == 1
+
+
+def test_imported_imagenet_is_mixed_and_complete(tmp_path: Path) -> None:
+    """Rows sorted by class would be streamed in windows of few classes."""
+    for kind in range(4):
+        folder = tmp_path / "mine" / "train" / f"n{kind}"
+        folder.mkdir(parents=True)
+        for i in range(6):
+            (folder / f"{kind}{i}.jpg").write_bytes(picture(10 * kind + i, (30, 20), "JPEG"))
+    assert data_tool.main(["import", str(tmp_path / "mine"), "imagenet"]) == 0
+    file = tmp_path / "data" / "imagenet" / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    labels = table["label"].to_pylist()
+    assert sorted(labels) == [i // 6 for i in range(24)]
+    assert labels != sorted(labels)
+    assert all(
+        int(row["path"][0]) == y for row, y in zip(table["image"].to_pylist(), labels, strict=True)
+    )
+    first = file.read_bytes()
+    assert data_tool.main(["import", str(tmp_path / "mine"), "imagenet"]) == 0
+    assert file.read_bytes() == first, "always in the same order"
+
+
+def test_row_groups_are_bounded_in_bytes(tmp_path: Path) -> None:
+    """A stream holds whole row groups."""
+    images = [(bytes(6 << 20), None)] * 7
+    file = write_parquet(tmp_path, "train", images, {"label": [0] * 7}, {"label": ["a"]})
+    metadata = pq.read_metadata(file)
+    assert [metadata.row_group(g).num_rows for g in range(3)] == [3, 3, 1]
+
+
+def test_data_behind_a_uri_are_listed_and_checked_but_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"label": [str(i) for i in range(1000)]}
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / "imagenet"
+        write_parquet(folder, split, [(picture(0), None)] * 3, {"label": [0, 1, 2]}, names)
+    monkeypatch.setenv("ROBUST_MOE_DATA", f"file://{tmp_path}/data")
+    assert data_tool.main(["list"]) == 0
+    assert "train 3, val 3" in capsys.readouterr().out
+    for target in ("imagenet", f"file://{tmp_path}/data/imagenet"):
+        assert data_tool.main(["check", target]) == 0
+        assert "3 of 1000" in capsys.readouterr().out
+    assert data_tool.main(["fetch", "cifar10"]) == 1
+    assert "cannot be written: give a folder by --to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pipeline.data.cifar import Cifar10, Cifar100
 from pipeline.data.digits import Digits
 from pipeline.data.loading import Splits
 from pipeline.data.synthetic import Synthetic
+from pipeline.data.tiny_imagenet import TinyImageNet
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("ROBUST_MOE_DATA") or ROOT / "data")
@@ -108,7 +109,7 @@ def test_cifar_is_found_by_path_and_by_environment(
 
 def test_only_files_make_a_dataset_on_disk() -> None:
     on_disk = {name for name, kind in DATASETS.items() if isinstance(kind(), OnDisk)}
-    assert on_disk == {"cifar10", "cifar100"}
+    assert on_disk == {"cifar10", "cifar100", "tiny_imagenet", "imagenet"}
 
 
 @pytest.mark.skipif(not (REAL / "cifar100").is_dir(), reason="no real CIFAR-100 at hand")
@@ -122,3 +123,11 @@ def test_the_real_cifar100_loads_the_same_from_files_and_from_the_cache() -> Non
         assert torch.equal(one.pixels_NCHW, other.pixels_NCHW)
         assert torch.equal(one.labels_N, other.labels_N)
     assert 100 < first.test.pixels_NCHW.float().mean() < 140
+
+
+@pytest.mark.skipif(not (REAL / "tiny-imagenet").is_dir(), reason="no real Tiny-ImageNet at hand")
+def test_the_real_tiny_imagenet_has_all_its_classes() -> None:
+    splits = TinyImageNet(path=str(REAL / "tiny-imagenet")).load(seed=0)
+    assert len(splits.test.labels_N.unique()) == len(splits.class_names) == 200
+    assert splits.train.pixels_NCHW.shape[1:] == (3, 64, 64)
+    assert 100 < splits.test.pixels_NCHW.float().mean() < 140

@@ -11,13 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.parquet import (
-    DamagedDataError,
-    Layout,
-    find_shards,
-    fingerprint,
-    load_parquet,
-)
+from pipeline.data.files import DamagedDataError, find_shards, fingerprint
+from pipeline.data.parquet import Layout, load_parquet
 from pipeline.data.writing import write_parquet
 
 LAYOUT = Layout("label", num_classes=3, size=32)
