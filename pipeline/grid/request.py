@@ -71,6 +71,7 @@ def read_request(settings: Mapping[str, str]) -> Request:
     for key, shapes in (("ratio", "narrow"), ("num_experts", "mixture")):
         if key in form and not any(getattr(ROWS[name], shapes) for name in lists["algorithm"]):
             raise ValueError(f"backbone.{key} changes none of {', '.join(lists['algorithm'])}")
+    override(made[0], {"name": own.get("name", "grid")})  # refuses what is no plain name
     for key, value in rest.items():
         if not any(held(config, {key: ""}) for config in made):
             override(made[0], {key: value})  # says which keys there are
