@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -126,6 +126,18 @@ def results_table(title: str, metrics: Mapping[str, float]) -> Table:
         band = "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
         table.add_row(describe(name), f"{value:.1%}" if share else f"{value:.4g}", band)
     return table
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lay out rows as text for a terminal or a log: so many columns to the left, numbers right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if place < left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def describe(name: str) -> str:

@@ -1,13 +1,18 @@
-"""Named runs. Each is a function whose docstring is its lab label: paper, command, expectation."""
+"""Named runs. Each is a function whose docstring is its lab label: paper, command, expectation.
+
+The cells of the paper's grid are made by ``pipeline.cells``, and write their labels themselves.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from moe.backbones.resnet import ResNet18
 from moe.backbones.small import Small
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.attacks.pgd import PGD
+from pipeline.cells import Cell, cells
 from pipeline.config import Config
 from pipeline.data.cifar import Cifar10
 from pipeline.data.digits import Digits
@@ -71,7 +76,18 @@ def adv_moe_cifar10_resnet18() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    preset.__name__: preset
-    for preset in (quickstart, adv_moe_cifar10_small, adv_moe_cifar10_resnet18)
-}
+BY_HAND = (quickstart, adv_moe_cifar10_small, adv_moe_cifar10_resnet18)
+PRESETS: dict[str, Callable[[], Config]] = {preset.__name__: preset for preset in BY_HAND}
+PRESETS |= {cell.name: cell for cell in cells() if cell.name not in PRESETS}
+
+
+def headline(name: str) -> str:
+    """Say in one line what a preset is."""
+    preset = PRESETS[name]
+    return preset.headline if isinstance(preset, Cell) else label(name).splitlines()[0]
+
+
+def label(name: str) -> str:
+    """Return a preset's lab label; that of a cell of the grid counts its cost, in seconds."""
+    preset = PRESETS[name]
+    return preset.label() if isinstance(preset, Cell) else inspect.cleandoc(preset.__doc__ or "")

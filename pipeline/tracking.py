@@ -323,18 +323,43 @@ class Tracker:
         return text.splitlines()[0].rstrip('")')[:200]
 
 
-def send_rest(folder: Path, tracking_uri: str, *, timeout: float = 20.0) -> bool:
-    """Send what a closed run still has in its journal; tell whether MLflow has everything."""
-    uri = resolve_uri(tracking_uri)
-    try:
-        experiment = json.loads((folder / "run.json").read_text(encoding="utf-8"))["experiment"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return True  # never tracked
-    tracker = Tracker(folder, uri, load_info(folder, uri, experiment))
+def send_rest(
+    folder: Path, tracking_uri: str, *, tags: Mapping[str, str] | None = None, timeout: float = 20.0
+) -> bool:
+    """Send what a closed run still has in its journal; tell whether MLflow has everything.
+
+    Args:
+        tags: Those of them that the run does not have are added, whatever their values.
+    """
+    tracker = reopen(folder, tracking_uri)
+    if tracker is None:
+        return True
+    for key, value in (tags or {}).items():
+        if key not in tracker.journal.tags:
+            tracker.journal.tag(key, value)
     if tracker.journal.drained and tracker.run_id:
         return True
     tracker._start()
     return tracker._finish(timeout)
+
+
+def end_abandoned(folder: Path, tracking_uri: str, status: str, *, timeout: float = 20.0) -> bool:
+    """End the run of a process that is gone, unless it did so itself; tell if MLflow has it all."""
+    tracker = reopen(folder, tracking_uri)
+    if tracker is None or tracker.journal.tags.get("status") != "running":
+        return send_rest(folder, tracking_uri, timeout=timeout)
+    tracker._start()
+    return tracker.close(status, timeout=timeout)
+
+
+def reopen(folder: Path, tracking_uri: str) -> Tracker | None:
+    """Take up a run that another process told, without a word to MLflow; None: never tracked."""
+    uri = resolve_uri(tracking_uri)
+    try:
+        experiment = json.loads((folder / "run.json").read_text(encoding="utf-8"))["experiment"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return Tracker(folder, uri, load_info(folder, uri, experiment))
 
 
 def download(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,8 @@ from typing import Any
 from pipeline.command import ENVIRONMENT, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
-from pipeline.presets import PRESETS
+from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.presets import PRESETS, headline, label
 from pipeline.tracking import Tracker, send_rest
 
 USAGE = """
@@ -52,28 +54,40 @@ def show_presets(names: tuple[str, ...]) -> int:
     for name in names or PRESETS:
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
-        label = (PRESETS[name].__doc__ or "").strip()
-        print(f"{name}\n    {label if names else label.splitlines()[0]}\n")
+        text = label(name) if names else headline(name)
+        print(f"{name}\n{textwrap.indent(text, '    ')}\n")
         if names:
             print("\n".join(f"    {k}={v}" for k, v in flatten(PRESETS[name]()).items()))
     return 0
 
 
-def run_folder(config: Config) -> Path:
-    """Name the folder of a run: its name and its fingerprint are its identity."""
-    root = Path(config.storage).expanduser().resolve() / config.experiment
-    return root / f"{config.name}-{config.fingerprint[:8]}"
+def train(
+    config: Config,
+    *,
+    fresh: bool = False,
+    follower: Follower | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> int:
+    """Train a config to its end, or continue it; returns the exit code.
+
+    Args:
+        tags: Of the MLflow run, beside those that every run has.
+
+    Raises:
+        ValueError: The config cannot be kept or tracked where it wants to be.
+    """
+    check_lasting(config)
+    follower, folder = follower or Follower(), run_folder(config)
+    with owned(folder, follower.say) as free:
+        if not free:
+            return fail(f"another process is at {config.name} in {shown(folder)}", 1)
+        return train_alone(config, fresh, follower, tags or {})
 
 
-def train(config: Config, *, fresh: bool = False, follower: Follower | None = None) -> int:
-    """Train a config to its end, or continue it; returns the exit code."""
-    if "://" in config.storage:
-        raise ValueError(f"storage must be a folder that all workers see, got {config.storage!r}")
-    follower = follower or Follower()
+def train_alone(config: Config, fresh: bool, follower: Follower, tags: Mapping[str, str]) -> int:
+    """Train in a run folder that nobody else uses; returns the exit code."""
     folder = run_folder(config)
-    if fresh and folder.exists():
-        old = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(old)
+    if fresh and (old := set_aside(folder)):
         follower.say(f"the earlier run is kept in {shown(old)}")
     if (result := folder / "result.json").is_file():
         send_rest(folder, config.tracking_uri)
@@ -98,6 +112,7 @@ def train(config: Config, *, fresh: bool = False, follower: Follower | None = No
             "fingerprint": config.fingerprint,
             "dataset_sha256": splits.sha256,
             "run_folder": str(folder),
+            **tags,
         },
     )
     return follow(config, folder, tracker, follower)
@@ -317,12 +332,6 @@ def commit() -> str:
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def shown(path: Path) -> str:
-    """Shorten a path that lies below the working directory."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

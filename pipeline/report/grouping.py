@@ -1,0 +1,213 @@
+"""Sorts runs into blocks that may be compared, and rows that may be averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.cells import PAPER, ROWS
+from pipeline.report.runs import Run
+from pipeline.report.statistics import Difference, Estimate, difference, estimate
+
+CONDITIONS = {
+    f"dataset.{name}" for name in ("train_images", "test_images", "size", "classes", "image_size")
+}
+OF_THE_FORM = {  # settings in which the rows of a table differ because they are what they are
+    "algorithm",
+    "backbone.num_experts",
+    "backbone.ratio",
+    "backbone.router_scope",
+    "router_lr",
+    "router_schedule",
+}
+
+
+@dataclass
+class Row:
+    """The runs of one setting, one a seed: a line of a table.
+
+    Attributes:
+        kind: Key of ``cells.ROWS``, or the run's own name for anything else.
+        note: In what the dense net that it is compared with differs, besides its form.
+    """
+
+    kind: str
+    title: str
+    runs: tuple[Run, ...]
+    dense: Row | None = None
+    note: str = ""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What its runs share."""
+        return self.runs[0].settings
+
+    def share(self, metric: str) -> Estimate | None:
+        """Average a share; None unless every run has it."""
+        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        if len(values) < len(self.runs):
+            return None
+        ends = [self.runs[0].metrics.get(f"{metric}_{end}", math.nan) for end in ("low", "high")]
+        return estimate(values, *ends)
+
+    def mean(self, metric: str) -> float | None:
+        """Average a cost; None unless every run has it."""
+        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        return sum(values) / len(values) if len(values) == len(self.runs) else None
+
+    def gain(self, metric: str) -> Difference | None:
+        """Subtract the dense net's share; None where there is none to compare with."""
+        if self.dense is None or self.dense is self:
+            return None
+        own, other = self.share(metric), self.dense.share(metric)
+        return None if own is None or other is None else difference(own, other)
+
+
+@dataclass
+class Block:
+    """Rows on one backbone and dataset, judged under the same threat on the same images."""
+
+    backbone: str
+    dataset: str
+    conditions: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    apart: str = ""  # from other blocks of the same title
+
+    @property
+    def title(self) -> str:
+        """Name net and data as the paper does."""
+        net = PAPER["backbone"].get(self.backbone, self.backbone)
+        return f"{net} on {PAPER['dataset'].get(self.dataset, self.dataset)}"
+
+    @property
+    def ra(self) -> str:
+        """The metric of robust accuracy under PGD on the cross-entropy."""
+        return f"test/ra_pgd{self.conditions.get('evaluation.steps', 50)}"
+
+    def described(self) -> str:
+        """Say under which threat, and on how much data."""
+        had = dict(self.conditions)
+        size = {k: had.pop(f"dataset.{k}_images", "None") for k in ("train", "test")}
+        images = ", ".join(f"{k} images {'all' if v == 'None' else v}" for k, v in size.items())
+        data = had.pop("data", "")
+        threat = (
+            f"{had.pop('evaluation.norm', '?')}, eps {fraction(had.pop('evaluation.eps', '?'))}, "
+            f"{had.pop('evaluation.steps', '?')} steps of "
+            f"{fraction(had.pop('evaluation.step_size', '?'))}, "
+            f"{had.pop('evaluation.restarts', '1')} start(s)"
+        )
+        rest = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in had.items())
+        return f"{threat}; {images}{rest}{f', data {data[:8]}' if data else ''}"
+
+
+def fraction(text: str) -> str:
+    """Write a radius in 255ths where it is one."""
+    try:
+        parts = 255 * float(text)
+    except ValueError:
+        return text
+    whole = abs(parts * 4 - round(parts * 4)) < 1e-6
+    return f"{round(parts * 4) / 4:g}/255" if whole else f"{float(text):g}"
+
+
+def blocks_of(runs: Iterable[Run]) -> list[Block]:
+    """Group runs: blocks by net, data and threat; rows by all settings but the seed."""
+    blocks: dict[object, Block] = {}
+    rows: dict[object, list[Run]] = {}
+    for run in runs:
+        conditions = conditions_of(run)
+        key = (run.params["backbone"], run.params["dataset"], *conditions.items())
+        blocks.setdefault(key, Block(run.params["backbone"], run.params["dataset"], conditions))
+        rows.setdefault((key, *sorted(run.settings.items())), []).append(run)
+    for (key, *_), members in rows.items():  # type: ignore[misc]
+        members.sort(key=lambda run: run.seed)
+        blocks[key].rows.append(Row(kind_of(members[0]), "", tuple(members)))
+    for block in blocks.values():
+        block.rows.sort(key=rank)
+        name_rows(block.rows)
+        for row in block.rows:
+            row.dense, row.note = dense_for(row, block.rows)
+    for block in blocks.values():
+        same = [other.conditions for other in blocks.values() if other.title == block.title]
+        keys = [k for k in block.conditions if len({str(c.get(k)) for c in same}) > 1]
+        block.apart = ", ".join(f"{key}={short(block.conditions[key])}" for key in keys)
+    order = {axis: list(names) for axis, names in PAPER.items()}
+    return sorted(
+        blocks.values(),
+        key=lambda block: (
+            place(order["backbone"], block.backbone),
+            place(order["dataset"], block.dataset),
+            str(block.conditions),
+        ),
+    )
+
+
+def conditions_of(run: Run) -> dict[str, str]:
+    """Return what must be equal for numbers to be comparable at all."""
+    found = {
+        key: value
+        for key, value in sorted(run.settings.items())
+        if key in CONDITIONS or key.startswith("evaluation.")
+    }
+    return found | {"data": run.tags.get("dataset_sha256", "")}
+
+
+def kind_of(run: Run) -> str:
+    """Tell which row of the paper a run belongs to; for anything else its own name."""
+    mixture = int(run.params.get("backbone.num_experts", "1")) > 1
+    narrow = mixture or float(run.params.get("backbone.ratio", "1")) < 1
+    for name, row in ROWS.items():
+        formed = row.algorithm != "trades" or row.narrow == narrow
+        if run.params["algorithm"] == row.algorithm and row.mixture == mixture and formed:
+            return name
+    return run.name
+
+
+def rank(row: Row) -> tuple[int, str, str]:
+    """Order rows as the paper does."""
+    return (place(list(ROWS), row.kind), row.kind, str(sorted(row.settings.items())))
+
+
+def place(names: Sequence[str], name: str) -> int:
+    """Position of a name; unknown ones come last."""
+    return names.index(name) if name in names else len(names)
+
+
+def name_rows(rows: Sequence[Row]) -> None:
+    """Give rows the paper's titles; rows with the same one say in what they differ."""
+    for row in rows:
+        same = [other for other in rows if other.kind == row.kind]
+        apart = [
+            key
+            for key in dict.fromkeys(key for other in same for key in other.settings)
+            if len({other.settings.get(key) for other in same}) > 1
+        ]
+        said = ", ".join(f"{key}={short(row.settings.get(key))}" for key in apart)
+        title = ROWS[row.kind].title if row.kind in ROWS else row.kind
+        row.title = f"{title} [{said}]" if said else title
+
+
+def short(text: str | None) -> str:
+    """Shorten a long decimal, and a hash."""
+    try:
+        return f"{float(text or ''):g}"
+    except ValueError:
+        return str(text) if len(str(text)) < 64 else str(text)[:8]
+
+
+def dense_for(row: Row, rows: Sequence[Row]) -> tuple[Row | None, str]:
+    """Find the dense net to compare with: the one trained most alike; say what is not."""
+    found = [other for other in rows if other.kind == "dense"]
+    if not found:
+        return None, ""
+    best = min(found, key=lambda other: len(apart(row.settings, other.settings)))
+    keys = apart(row.settings, best.settings)
+    return best, ", ".join(
+        f"{key} {short(best.settings[key])} there, {short(row.settings[key])} here" for key in keys
+    )
+
+
+def apart(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Name the settings that two rows both have, unequal, though their forms do not ask for it."""
+    return [k for k in own if k in other and k not in OF_THE_FORM and own[k] != other[k]]

@@ -1,0 +1,141 @@
+"""Reads finished training runs from MLflow, and counts what it leaves out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ELSEWHERE
+from pipeline.tracking import EVALUATED, SQLITE, mlflow_client, resolve_uri, without_password
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training run, as MLflow has it."""
+
+    run_id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    ended: int
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides its numbers, less the seed."""
+        return {k: v for k, v in self.params.items() if k not in (*ELSEWHERE, "seed")}
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.params.get("seed", "0"))
+
+
+@dataclass
+class Found:
+    """Runs to report, and how many others there were, by the reason they are left out."""
+
+    runs: list[Run]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found:
+    """Read the finished training runs of an experiment; of equal settings and seed the newest.
+
+    Args:
+        wanted: Settings to choose by, each a value or several with commas; ``grid``: the id of a
+            parent run.
+
+    Raises:
+        ValueError: There is no such database or experiment, or no run has such a setting.
+        ConnectionError: The server does not answer.
+    """
+    found = Found([])
+    for record in fetch(resolve_uri(tracking_uri), experiment):
+        run = Run(
+            record.info.run_id,
+            record.info.run_name,
+            dict(record.data.params),
+            dict(record.data.metrics),
+            dict(record.data.tags),
+            record.info.end_time or 0,
+        )
+        if reason := reason_against(run, record.info.status):
+            found.left_out[reason] += 1
+        else:
+            found.runs.append(run)
+    known = {key for run in found.runs for key in run.params}
+    for key in wanted:
+        if found.runs and key != "grid" and key not in known:
+            raise ValueError(f"no key {key!r}, only tracking_uri, out, grid, {', '.join(known)}")
+    chosen = [run for run in found.runs if all(fits(run, k, v) for k, v in wanted.items())]
+    if less := len(found.runs) - len(chosen):
+        found.left_out["not asked for"] += less
+    found.runs = newest(chosen)
+    if less := len(chosen) - len(found.runs):
+        found.left_out["older runs of the same settings and seed"] += less
+    return found
+
+
+def fetch(uri: str, experiment: str) -> list[Any]:
+    """Read every run of an experiment, page by page."""
+    shown = without_password(uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise ValueError(f"no tracking database {shown}")
+    try:
+        client = mlflow_client()(uri)
+        if (record := client.get_experiment_by_name(experiment)) is None:
+            names = ", ".join(e.name for e in client.search_experiments())
+            raise ValueError(f"no experiment {experiment!r} in {shown}, only {names}")
+        runs, token = [], None
+        while True:
+            page = client.search_runs([record.experiment_id], max_results=500, page_token=token)
+            runs += page
+            if not (token := page.token):
+                return runs
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
+
+
+def reason_against(run: Run, status: str) -> str:
+    """Say why a run does not belong in a comparison; empty if it does."""
+    if EVALUATED in run.tags:
+        return "evaluations of other runs"
+    if "algorithm" not in run.params or "backbone" not in run.params:
+        return "parents of other runs"
+    if status != "FINISHED" or run.tags.get("status", "finished") != "finished":
+        return "failed or unfinished"
+    if "test/sa" not in run.metrics:
+        return "without results on the test split"
+    return ""
+
+
+def fits(run: Run, key: str, values: str) -> bool:
+    """Tell whether a run has one of the values, which may be written in other words: 8/255."""
+    if key == "grid":
+        return run.tags.get("mlflow.parentRunId") in values.split(",")
+    own = run.params.get(key)
+    return any(own == value or number(own) == number(value) for value in values.split(","))
+
+
+def number(text: str | None) -> float | str | None:
+    """Read a number or a fraction; other words stay as they are."""
+    top, slash, bottom = (text or "").partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
+def newest(runs: list[Run]) -> list[Run]:
+    """Keep the newest run of equal settings, seed and data."""
+    best: dict[object, Run] = {}
+    for run in sorted(runs, key=lambda run: run.ended):
+        data = run.tags.get("dataset_sha256", "")
+        best[(tuple(sorted(run.settings.items())), run.seed, data)] = run
+    return list(best.values())
