@@ -16,12 +16,9 @@ from pipeline.state import TrainState
 class Algorithm(Protocol):
     """Settings are fields, one update is ``step``; it returns losses in nats per image.
 
-    <<<<<<< HEAD
-        One that trains several networks in turn also offers what ``Staged`` lists.
-    =======
-        Labels are classes (B,), or, of mixed images, the share of each class (B, K). Losses of labels
-        come from ``state.cross_entropy`` and updates from ``state.minimize``, which know the recipe.
-    >>>>>>> recipe
+    Labels are classes (B,), or, of mixed images, the share of each class (B, K). Losses of labels
+    come from ``state.cross_entropy`` and updates from ``state.minimize``, which know the recipe.
+    One that trains several networks in turn also offers what ``Staged`` lists.
     """
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...
