@@ -16,4 +16,11 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_expert": ExpertAttack,
 }
 
-__all__ = ["MEASURES", "Attacked", "Evaluation", "Measure"]
+# What a training run ends with: the others cost up to a hundred times as much.
+END_OF_RUN = ("sa", "ra_pgd", "ra_pgd_margin", "ra_forced", "ra_router", "ra_expert")
+# A dense net has no route to attack: these say nothing new of it.
+ROUTED = ("ra_forced", "ra_router", "ra_expert")
+# These need the extra eval.
+PACKAGED = ("ra_aa", "ra_square")
+
+__all__ = ["END_OF_RUN", "MEASURES", "PACKAGED", "ROUTED", "Attacked", "Evaluation", "Measure"]
