@@ -19,7 +19,7 @@ from pipeline.command import fail, main, read_arguments
 from pipeline.config import Config, flatten, override, parse
 from pipeline.console import Follower
 from pipeline.data.loading import Images, take
-from pipeline.measures import MEASURES, Measure
+from pipeline.measures import END_OF_RUN, ROUTED, Measure
 from pipeline.measures.judging import Verdicts, judge, suite, summarize
 from pipeline.seeding import seed_of
 from pipeline.session import best_device
@@ -33,7 +33,7 @@ Attack a trained model on its test images. RUN is an MLflow run id, latest (the 
 run), or a checkpoint folder. The outcome is printed, and tracked as a child of the run.
 
   tier=smoke|standard|full   500, 1,000 or all test images; smoke runs PGD-20 only (default: full)
-  measure=a,b,...            of {", ".join(MEASURES)}
+  measure=a,b,...            of {", ".join(END_OF_RUN)}
   workers=N                  shards on Ray; the numbers are those of one worker
   evaluation.eps=4/255 evaluation.steps=100 evaluation.restarts=2 ...
   dataset.path, dataset.test_images, experiment, storage, tracking_uri as in pipeline.train
@@ -53,8 +53,8 @@ class Plan:
 
 TIERS = {
     "smoke": Plan(500, ("sa", "ra_pgd"), 20),
-    "standard": Plan(1000, tuple(MEASURES)),
-    "full": Plan(None, tuple(MEASURES)),
+    "standard": Plan(1000, tuple(END_OF_RUN)),
+    "full": Plan(None, tuple(END_OF_RUN)),
 }
 
 
@@ -94,8 +94,8 @@ def read_plan(settings: dict[str, str]) -> tuple[Plan, str]:
     plan = TIERS[tier]
     if "measure" in settings:
         names = tuple(settings.pop("measure").split(","))
-        if unknown := [name for name in names if name not in MEASURES]:
-            raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
+        if unknown := [name for name in names if name not in END_OF_RUN]:
+            raise ValueError(f"measure must be of {', '.join(END_OF_RUN)}, got {unknown[0]!r}")
         plan = replace(plan, measures=names)
     return plan, tier
 
@@ -154,8 +154,7 @@ def evaluate(
 
 def measured(dense: bool) -> list[str]:
     """Name the measures of ``suite`` as the registry does, in its order."""
-    routed = ("ra_forced", "ra_router", "ra_expert")
-    return [name for name in MEASURES if not (dense and name in routed)]
+    return [name for name in END_OF_RUN if not (dense and name in ROUTED)]
 
 
 def shards(

@@ -85,8 +85,9 @@ def route_flip_images(count: int) -> Images:
     labels_N = torch.arange(count) % CLASSES
     x_NCHW = torch.empty(count, 3, SIZE, SIZE)
     half, rows = SIZE // 2, torch.arange(count)
-    bright_N22 = 0.3 + torch.zeros(count, CLASSES).index_put((rows, labels_N), torch.tensor(0.5))
-    x_NCHW[:, 0] = bright_N22.view(count, 2, 2).repeat_interleave(half, 1).repeat_interleave(half, 2)
+    bright_NK = 0.3 + torch.zeros(count, CLASSES).index_put((rows, labels_N), torch.tensor(0.5))
+    bright_N22 = bright_NK.view(count, 2, 2)
+    x_NCHW[:, 0] = bright_N22.repeat_interleave(half, 1).repeat_interleave(half, 2)
     x_NCHW[:, 1:] = 0.5 - GAP * pattern()
     pixels_NCHW = (255 * x_NCHW).round()
     pixels_NCHW += torch.randint(-2, 3, pixels_NCHW.shape, generator=generator)

@@ -15,7 +15,7 @@ from moe.diagnostics import entropy, flip_rate, load
 from moe.folding import fold
 from moe.network import Network
 from pipeline.data.loading import Images, to_float
-from pipeline.measures import MEASURES
+from pipeline.measures import END_OF_RUN, MEASURES, ROUTED
 from pipeline.measures.attacked import Measure
 from pipeline.measures.interval import wilson
 from pipeline.measures.settings import Evaluation
@@ -43,11 +43,10 @@ class Verdicts:
 def suite(evaluation: Evaluation, *, dense: bool) -> dict[str, Measure]:
     """Make the measures of the end of a run, by the name of their metric."""
     attack = evaluation.attack(evaluation.steps)
-    routed = ("ra_forced", "ra_router", "ra_expert")  # of a dense net there is no route to attack
     return {
-        NAMES.get(name, name).format(evaluation.steps): kind(attack=attack)
-        for name, kind in MEASURES.items()
-        if not (dense and name in routed)
+        NAMES.get(name, name).format(evaluation.steps): MEASURES[name](attack=attack)
+        for name in END_OF_RUN
+        if not (dense and name in ROUTED)
     }
 
 
