@@ -17,7 +17,7 @@ from moe.network import Network
 from pipeline import checkpoint
 from pipeline.config import Config, flatten
 from pipeline.data.loading import Splits
-from pipeline.examine import Job, examine, main_job, side_jobs
+from pipeline.examine import Findings, Job, examine, main_job, side_jobs
 from pipeline.measures.judging import Verdicts, judge, suite, summarize
 from pipeline.measures.tiers import END
 from pipeline.plots import plot_accuracies, plot_losses
@@ -70,15 +70,7 @@ def finish(
         sides = {name: alone(side) for name, side in jobs.items()}
         found = examine(config, model, "end of a run", job, main, sides, device)
         metrics = {**found.metrics, **costs(config, model)}
-        write_report(
-            config,
-            replace(found, metrics=metrics),
-            folder,
-            class_names=splits.class_names,
-            sha256=splits.sha256,
-        )
-        plot_losses(history, folder / "plots" / "losses.png")
-        plot_accuracies(history, folder / "plots" / "accuracies.png")
+        draw(config, folder, replace(found, metrics=metrics), splits, history)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
         session.tell("metrics", step=int(meta["update"]), values=metrics)
         for key, text in found.verdict.tags.items():
@@ -86,6 +78,19 @@ def finish(
         session.tell("artifacts", folder=str(folder))
     session.wait()
     return metrics
+
+
+def draw(
+    config: Config,
+    folder: Path,
+    found: Findings,
+    splits: Splits,
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the card and the plots of a run."""
+    write_report(config, found, folder, class_names=splits.class_names, sha256=splits.sha256)
+    plot_losses(history, folder / "plots" / "losses.png")
+    plot_accuracies(history, folder / "plots" / "accuracies.png")
 
 
 def costs(config: Config, model: Network) -> dict[str, float]:

@@ -199,8 +199,9 @@ class _Task:
         if self.store is not None:
             known, columns = self.store.read(name, measure)
             at, kept = find(known, self.ids_N[rows])
-            outcome.put(rows[at], {key: column[kept] for key, column in columns.items()})
-            reused = len(at)
+            if len(at):
+                outcome.put(rows[at], {key: column[kept] for key, column in columns.items()})
+                reused = len(at)
         todo = rows[~outcome.seen_N[rows]]
         advance(reused)
         for low in range(0, len(todo), self.size):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.network import Network
+from pipeline.measures import FLOORS
 from pipeline.measures.attacked import Attacked, Measure
 
 
@@ -22,7 +23,7 @@ def counts(name: str) -> bool:
     Not so: no attack (sa); noise, a check of the others; and attackers with more power, who pick
     the expert as no image within eps may be able to (ra_floor, ra_each).
     """
-    return name.startswith("ra_") and not name.startswith(("ra_noise", "ra_floor", "ra_each"))
+    return name.startswith("ra_") and not name.startswith(("ra_noise", *FLOORS))
 
 
 @dataclass(frozen=True)

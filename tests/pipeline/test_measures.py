@@ -21,7 +21,8 @@ from pipeline.measures.attacked import is_correct
 from pipeline.measures.components import ExpertAttack, RouterAttack
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.interval import wilson
-from pipeline.measures.judging import Verdicts, judge, over_eps, suite, summarize
+from pipeline.measures.judging import Verdicts, judge, suite, summarize
+from pipeline.measures.probes import FACTORS, over_eps
 from pipeline.measures.white_box import WhiteBox, WhiteBoxMargin
 from pipeline.seeding import ImageNoise
 
@@ -186,13 +187,13 @@ def test_accuracy_over_eps_is_the_share_beyond_each_radius() -> None:
     distance_B = (torch.arange(3, 64, 4) + 0.5) / 255  # pixels are whole 255ths then
     x_BCHW = around_plane(distance_B, w_CHW)
     images = Images((x_BCHW * 255).round().to(torch.uint8), torch.zeros(16, dtype=torch.int64))
-    evaluation = Evaluation(eps=EPS, step_size=EPS / 4, validation_steps=20)
-    points = over_eps(model, images, evaluation, seed=0, device=CPU)
-    assert [eps for eps, _, _ in points] == pytest.approx(
-        [factor * EPS for factor in (0, 0.25, 0.5, 1, 1.5, 2)]
-    )
-    hits = [hits for _, hits, _ in points]
-    assert hits == [int((distance_B > eps).sum()) for eps, _, _ in points]
+    threat = Evaluation(eps=EPS, step_size=EPS / 4)
+    found = judge(model, images, over_eps(threat, 20), seed=0, device=CPU).correct
+    assert found.pop("sa").all()
+    radii = [float(name.split()[1]) for name in found]
+    assert radii == pytest.approx([factor * EPS for factor in FACTORS], rel=1e-5)
+    hits = [int(standing.sum()) for standing in found.values()]
+    assert hits == [int((distance_B > eps).sum()) for eps in radii]
     assert hits == sorted(hits, reverse=True)
     assert hits[0] == 16
     assert hits[-1] == 4
