@@ -206,13 +206,14 @@ class Climb:
         now = self.now.detach().requires_grad_()
         with torch.set_grad_enabled(slope):
             height_B = objective(now)
+            total = height_B.sum()
         if height_B.shape != (len(now),):
             raise ValueError(
                 "APGD needs an objective with one value an image, "
                 f"got shape {tuple(height_B.shape)} for {len(now)} images"
             )
         if slope:
-            (self.slope,) = torch.autograd.grad(height_B.sum(), now)
+            (self.slope,) = torch.autograd.grad(total, now)
         self.height_B, self.now = height_B.detach(), now.detach()
         better_B = ~(self.height_B <= self.height_best_B)  # a NaN is taken, and stays to be seen
         better_B111 = better_B.view(-1, 1, 1, 1)

@@ -71,24 +71,28 @@ def pathways(model: Network, x_BCHW: Tensor) -> Tensor:
     return logits_FK.view(experts, batch, -1).transpose(0, 1)
 
 
-class RelaxedConv2d(nn.Module):
-    """A self-routing mixture convolution that runs every expert: ``y = sum_e g_e (W_e conv x)``."""
+class RelaxedConv2d(MoEConv2d):
+    """A self-routing mixture convolution that runs every expert: ``y = sum_e g_e (W_e conv x)``.
 
-    def __init__(self, layer: MoEConv2d, gate: Gate):
-        super().__init__()
-        self.layer, self.weigh = layer, gate
+    Shares the parameters of the layer that it stands for, folded or not.
+    """
+
+    def __init__(self, layer: MoEConv2d, weigh: Gate):
+        nn.Module.__init__(self)
+        self.num_experts, self.stride, self.padding = layer.num_experts, layer.stride, layer.padding
+        self.weight_FCRR, self.bias_D, self.gate = layer.weight_FCRR, layer.bias_D, layer.gate
+        self.weigh = weigh
 
     def forward(self, x_BCHW: Tensor, routing: Routing) -> Tensor:
         """Map features (B, C, H, W) to (B, D, P, Q)."""
-        layer = self.layer
-        assert layer.gate is not None
-        scores_BE = layer.gate(x_BCHW)
+        assert self.gate is not None
+        scores_BE = self.gate(x_BCHW)
         routing.scores.append(scores_BE)
         routing.chosen.append(scores_BE.argmax(1))
-        y_BFPQ = F.conv2d(x_BCHW, layer.weight_FCRR, None, layer.stride, layer.padding)
-        y_BEDPQ = y_BFPQ.view(len(x_BCHW), layer.num_experts, -1, *y_BFPQ.shape[2:])
+        y_BFPQ = F.conv2d(x_BCHW, self.weight_FCRR, None, self.stride, self.padding)
+        y_BEDPQ = y_BFPQ.view(len(x_BCHW), self.num_experts, -1, *y_BFPQ.shape[2:])
         y_BDPQ = torch.einsum("be,bedpq->bdpq", self.weigh(scores_BE), y_BEDPQ)
-        return y_BDPQ if layer.bias_D is None else y_BDPQ + layer.bias_D[:, None, None]
+        return y_BDPQ if self.bias_D is None else y_BDPQ + self.bias_D[:, None, None]
 
 
 def _layer_by_layer(model: Network, gate: Gate) -> Callable[[Tensor], Tensor]:
