@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+
+from pipeline.measures.judging import Effort
+from pipeline.measures.sanity import Verdict
 
 EVERY = 20.0  # seconds between two plain lines within an epoch
 
@@ -16,6 +19,18 @@ TITLES = {
     "test/sa": "SA, no attack",
     "test/ra_worst": "RA, worst case over all attacks",
     "test/ra_forced": "RA, forced route",
+    "test/ra_forced_sweep": "RA, forced route, three weights",
+    "test/ra_forced_apgd": "RA, forced route, APGD",
+    "test/ra_apgd": "RA, APGD on the cross-entropy",
+    "test/ra_apgd_dlr": "RA, APGD on the ratio of logits",
+    "test/ra_apgd_t": "RA, targeted APGD",
+    "test/ra_aa": "RA, AutoAttack standard",
+    "test/ra_square": "RA, Square (black box)",
+    "test/ra_surrogate": "RA, gradients of other gates",
+    "test/ra_surrogate_apgd": "RA, gradients of other gates, APGD",
+    "test/ra_adaptive": "RA, classifier and router at once",
+    "test/ra_noise": "accuracy under noise",
+    "test/ra_floor": "floor: the attacker sets the route",
     "test/ra_router": "RA, router attacked",
     "test/ra_expert": "RA, experts attacked, clean route",
     "route/entropy": "entropy of the load (nats)",
@@ -86,7 +101,9 @@ class Follower:
     def _show_judging(self, event: Mapping[str, Any]) -> None:
         rate = event["seconds"] / max(1, event["done"])
         text = f"{span(rate * (event['of'] - event['done']))} left"
-        self._step("test images", int(event["done"]), int(event["of"]), text)
+        self._step(
+            f"attacks, {event.get('what', 'main')}", int(event["done"]), int(event["of"]), text
+        )
 
     def _step(self, where: str, done: int, of: int, text: str) -> None:
         if not self.console.is_terminal:
@@ -111,6 +128,24 @@ class Follower:
         self.close()
         self.console.print(results_table(title, metrics))
 
+    def efforts(self, jobs: Mapping[str, Mapping[str, Effort]]) -> None:
+        """Print what each attack cost, and how much was known before."""
+        self.console.print(efforts_table(jobs))
+        every = [effort for efforts in jobs.values() for effort in efforts.values()]
+        reused = sum(effort.reused for effort in every)
+        of = reused + sum(effort.attacked for effort in every)
+        self.say(f"reused {reused:,} of {of:,} outcomes")
+
+    def verdict(self, verdict: Verdict) -> None:
+        """Print the verdict, and each check that did not pass."""
+        passed = sum(check.status == "pass" for check in verdict.checks)
+        self.say(f"verdict: {verdict.status} ({passed} checks pass)")
+        for check in verdict.checks:
+            if check.status in ("fail", "skip"):
+                self.say(f"  {check.status} {check.name}: {check.words}")
+        if verdict.worst != verdict.status:
+            self.say(f"  the number to quote, test/ra_worst, is {verdict.worst}")
+
 
 def results_table(title: str, metrics: Mapping[str, float]) -> Table:
     """Lay out metrics with their intervals."""
@@ -119,7 +154,7 @@ def results_table(title: str, metrics: Mapping[str, float]) -> Table:
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
     for name, value in metrics.items():
-        if name.endswith(("_low", "_high")):
+        if name.endswith(("_low", "_high")) or name.startswith("check/"):
             continue
         share = name.startswith("test/")
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
@@ -137,6 +172,30 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
             for place, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
+    )
+
+
+def efforts_table(jobs: Mapping[str, Mapping[str, Effort]]) -> Table:
+    """Lay out seconds and pace: a line for each attack of the table, one for each other job."""
+    table = Table(show_edge=False)
+    for title in ("attack", "images attacked", "reused", "seconds", "images/s"):
+        table.add_column(title, justify="left" if title == "attack" else "right")
+    for job, efforts in jobs.items():
+        rows = efforts if job == "main" else {f"checks: {job}": total(efforts.values())}
+        for name, effort in rows.items():
+            pace = f"{effort.pace:.1f}" if effort.attacked else ""
+            counts = (f"{effort.attacked:,}", f"{effort.reused:,}", f"{effort.seconds:.1f}")
+            table.add_row(name, *counts, pace)
+    return table
+
+
+def total(efforts: Iterable[Effort]) -> Effort:
+    """Add up several attacks."""
+    every = list(efforts)
+    return Effort(
+        sum(effort.seconds for effort in every),
+        sum(effort.attacked for effort in every),
+        sum(effort.reused for effort in every),
     )
 
 

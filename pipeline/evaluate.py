@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.command import fail, main, read_arguments
 from pipeline.config import Config, flatten, override, parse
 from pipeline.console import Follower
-from pipeline.data.loading import Images, take
-from pipeline.measures import MEASURES, Measure
-from pipeline.measures.judging import Verdicts, judge, suite, summarize
-from pipeline.seeding import seed_of
+from pipeline.data.loading import Images, Splits
+from pipeline.examine import Findings, Job, cascaded, examine, main_job, side_jobs
+from pipeline.ledger import Ledger, digest, digest_of_code, digest_of_images
+from pipeline.measures import MEASURES, PACKAGED
+from pipeline.measures.probes import CURVE_STEPS
+from pipeline.measures.tiers import TIERS, Tier, measures_of
+from pipeline.portrait import write_report
 from pipeline.session import best_device
-from pipeline.tracking import EVALUATED, Tracker, download, resolve_run
-from pipeline.train import commit, ray_cluster
+from pipeline.shards import shards
+from pipeline.tracking import EVALUATED, download, resolve_run
+from pipeline.train import open_run
 
 USAGE = f"""
 usage: python -m pipeline.evaluate RUN [key=value ...] [--help]
 
-Attack a trained model on its test images. RUN is an MLflow run id, latest (the newest finished
-run), or a checkpoint folder. The outcome is printed, and tracked as a child of the run.
+Attack a trained model on its test images, and say whether the numbers can be believed. RUN is an
+MLflow run id, latest (the newest finished run), or a checkpoint folder. The outcome is printed, and
+tracked as a child of the run. What was found before, by a finished evaluation or one that was
+killed, is not attacked again.
 
-  tier=smoke|standard|full   500, 1,000 or all test images; smoke runs PGD-20 only (default: full)
-  measure=a,b,...            of {", ".join(MEASURES)}
+  tier=smoke|standard|full   500, 1,000 or all test images, and more attacks (default: standard)
+  measure=a,b,...            these in place of the tier's, of
+                             {", ".join(MEASURES)}
+  checks=true|false          the attacks that only the sanity checks need (default: true, and false
+                             with measure=)
+  cascade=true               attack only what stands against the attacks before: ra_worst alone
+  reuse=false                attack everything anew
+  batch=N                    images attacked at a time, and at most lost to a kill (default: 256)
   workers=N                  shards on Ray; the numbers are those of one worker
   evaluation.eps=4/255 evaluation.steps=100 evaluation.restarts=2 ...
-  dataset.path, dataset.test_images, experiment, storage, tracking_uri as in pipeline.train
+  dataset.path, dataset.test_images (in place of the tier's number), experiment, storage,
+  tracking_uri as in pipeline.train
 """
 PREFIXES = ("evaluation.", "dataset.path", "dataset.test_images")
 WHERE = ("experiment", "storage", "tracking_uri", "workers")
+OPTIONS = ("tier", "measure", "checks", "cascade", "reuse", "batch")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How thorough an evaluation is: test images (None: all), and a limit on the attacks' steps."""
+    """What one evaluation does.
 
-    images: int | None
-    measures: tuple[str, ...]
-    steps: int | None = None
+    Attributes:
+        name, tier: The tier, with its measures replaced by those of the command line.
+        checks, cascade, reuse, batch: As in the usage.
+    """
 
-
-TIERS = {
-    "smoke": Plan(500, ("sa", "ra_pgd"), 20),
-    "standard": Plan(1000, tuple(MEASURES)),
-    "full": Plan(None, tuple(MEASURES)),
-}
+    name: str
+    tier: Tier
+    checks: bool = True
+    cascade: bool = False
+    reuse: bool = True
+    batch: int = 256
 
 
 def run(argv: list[str]) -> int:
@@ -64,12 +77,11 @@ def run(argv: list[str]) -> int:
     if not given.names:
         raise ValueError("which run? give an MLflow run id, latest, or a checkpoint folder")
     settings = dict(given.settings)
-    plan, tier = read_plan(settings)
+    plan = read_plan({key: settings.pop(key) for key in OPTIONS if key in settings})
     allowed = {k: v for k, v in settings.items() if k.startswith(PREFIXES) or k in WHERE}
     if unknown := [key for key in settings if key not in allowed]:
-        raise ValueError(
-            f"no key {unknown[0]!r}, only tier, measure, {', '.join((*WHERE, *PREFIXES))}*"
-        )
+        known = ", ".join((*OPTIONS, *WHERE, *PREFIXES))
+        raise ValueError(f"no key {unknown[0]!r}, only {known}*")
     here = {k: v for k, v in allowed.items() if k in WHERE}
     where = override(Config(batch_size=2 * parse("workers", here.get("workers", 1), int)), here)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,23 +93,42 @@ def run(argv: list[str]) -> int:
         trained = checkpoint.load_config(folder)
         config = override(trained, {"workers": 1, "batch_size": 2 * where.workers, **allowed})
         config = replace(config, name=f"evaluate {trained.name}")
-        if plan.steps is not None and "evaluation.steps" not in allowed:
-            config = override(config, {"evaluation.steps": plan.steps})
-        return evaluate(config, model, folder, plan, {"tier": tier} | of)
+        if plan.tier.steps is not None and "evaluation.steps" not in allowed:
+            config = override(config, {"evaluation.steps": plan.tier.steps})
+        if "dataset.test_images" in allowed:
+            plan = replace(plan, tier=replace(plan.tier, images=None))
+        return evaluate(config, model, folder, plan, of)
 
 
-def read_plan(settings: dict[str, str]) -> tuple[Plan, str]:
-    """Take ``tier`` and ``measure`` out of the settings."""
-    tier = parse("tier", settings.pop("tier", "full"), str)
-    if tier not in TIERS:
-        raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
-    plan = TIERS[tier]
-    if "measure" in settings:
-        names = tuple(settings.pop("measure").split(","))
+def read_plan(options: Mapping[str, str]) -> Plan:
+    """Read the options that are no settings of a config."""
+    name = parse("tier", options.get("tier", "standard"), str)
+    if name not in TIERS:
+        raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {name!r}")
+    tier, asked = TIERS[name], "measure" in options
+    if asked:
+        names = tuple(options["measure"].split(","))
         if unknown := [name for name in names if name not in MEASURES]:
             raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
-        plan = replace(plan, measures=names)
-    return plan, tier
+        tier = replace(tier, measures=names)
+    lacking = [name for name in tier.measures if name in PACKAGED]
+    if lacking and find_spec("pyautoattack") is None:
+        if asked or name == "full":
+            raise ValueError(
+                f"{lacking[0]} needs the package pyautoattack: pip install 'robust-moe[eval]'"
+            )
+        tier = replace(tier, measures=tuple(n for n in tier.measures if n not in lacking))
+    batch = parse("batch", options.get("batch", 256), int)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    return Plan(
+        name,
+        tier,
+        checks=parse("checks", options.get("checks", not asked), bool),
+        cascade=parse("cascade", options.get("cascade", False), bool),
+        reuse=parse("reuse", options.get("reuse", True), bool),
+        batch=batch,
+    )
 
 
 def find(name: str, where: Config, scratch: Path) -> tuple[Path, dict[str, str]]:
@@ -110,80 +141,78 @@ def find(name: str, where: Config, scratch: Path) -> tuple[Path, dict[str, str]]
 
 
 def evaluate(
-    config: Config, model: Network, folder: Path, plan: Plan, tags: Mapping[str, str]
+    config: Config, model: Network, folder: Path, plan: Plan, of: Mapping[str, str]
 ) -> int:
     """Attack the test images of a config, print the table, and track it; returns the exit code."""
     try:
-        test = config.dataset.load(config.seed).test
+        splits = config.dataset.load(config.seed)
     except ValueError as error:
         return fail(str(error), 1)
-    if plan.images is not None:
-        test = take(test, min(plan.images, len(test)), config.seed)
-    dense = config.backbone.num_experts == 1
-    every = suite(config.evaluation, dense=dense)
-    names = dict(zip(measured(dense), every, strict=True))
-    chosen = {names[name]: every[names[name]] for name in plan.measures if name in names}
-    if not chosen:
-        raise ValueError(f"measure must be of {', '.join(names)} for a dense net, got others")
-    began = time.monotonic()
-    verdicts = shards(config, model, test, chosen)
-    metrics = summarize(verdicts, config.backbone.num_experts, "test")
+    weights = checkpoint.sha256(folder / "model.safetensors")
+    jobs = plan_jobs(config, splits.test, plan)
+    store = open_ledger(config, weights, splits.test) if plan.reuse else None
+    follower, began = Follower(), time.monotonic()
+    results = shards(config, model, jobs, store, plan.batch, follower)
+    sides = {name: found for name, found in results.items() if name != "main"}
+    found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
     took = time.monotonic() - began
-    follower = Follower()
-    follower.results(f"{config.name}, {len(test)} test images, {took:.0f} s", metrics)
-    key = json.dumps([flatten(config), dict(tags), sorted(chosen), len(test)], sort_keys=True)
-    name = hashlib.sha256(key.encode()).hexdigest()[:8]
-    home = Path(config.storage).resolve() / config.experiment / f"{config.name}-{name}"
-    tracker = Tracker.open(
-        home,
-        tracking_uri=config.tracking_uri,
-        experiment=config.experiment,
-        name=config.name,
-        params={k: str(v) for k, v in flatten(config).items()},
-        tags={
-            "commit": commit(),
-            "weights_sha256": checkpoint.sha256(folder / "model.safetensors"),
-            **tags,
-        },
+    follower.results(
+        f"{config.name}, {len(jobs['main'].images)} test images, {took:.0f} s", found.metrics
     )
-    tracker.handle({"kind": "metrics", "step": 0, "values": metrics})
-    tracker.close("finished")
-    follower.say(f"run {tracker.run_id}; see it with: {tracker.ui_hint()}")
+    follower.efforts({name: verdicts.efforts for name, verdicts in results.items()})
+    follower.verdict(found.verdict)
+    track(
+        config, plan, found, splits, follower, {"tier": plan.name, "weights_sha256": weights, **of}
+    )
     return 0
 
 
-def measured(dense: bool) -> list[str]:
-    """Name the measures of ``suite`` as the registry does, in its order."""
-    routed = ("ra_forced", "ra_router", "ra_expert")
-    return [name for name in MEASURES if not (dense and name in routed)]
+def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
+    """Choose images and attacks: those of the table under ``main``, and those of the checks."""
+    experts = config.backbone.num_experts
+    measures = measures_of(plan.tier.measures, config.evaluation, num_experts=experts)
+    if not measures:
+        names = ", ".join(measures_of(MEASURES, config.evaluation, num_experts=experts))
+        raise ValueError(f"measure must be of {names} for a dense net, got others")
+    job = main_job(config, test, plan.tier, measures)
+    jobs = {"main": cascaded(job) if plan.cascade else job}
+    if plan.checks:
+        steps = min(config.evaluation.steps, CURVE_STEPS)
+        jobs |= side_jobs(config, job, plan.tier, curve_steps=steps)
+    return jobs
 
 
-def shards(
-    config: Config, model: Network, test: Images, measures: Mapping[str, Measure]
-) -> Verdicts:
-    """Judge in this process, or in shards on Ray; the verdicts are the same."""
-    seed = seed_of(config.seed, "test")
-    if config.workers == 1:
-        return judge(model, test, measures, seed=seed, device=best_device())
-    import ray
+def open_ledger(config: Config, weights: str, test: Images) -> Ledger:
+    """Find the outcomes of these weights under the run folders."""
+    network = digest(weights, json.dumps(flatten(config.backbone), sort_keys=True))
+    place = (str(config.seed), digest_of_images(test), digest_of_code(), best_device().type)
+    home = Path(config.storage).expanduser().resolve() / config.experiment / "outcomes"
+    return Ledger(home, network, digest(*place))
 
-    def shard(rank: int, net: Network, images: Images, how: Mapping[str, Measure]) -> Verdicts:
-        torch.set_num_threads(1)
-        device = best_device()
-        return judge(
-            net.to(device), images, how, seed=seed, device=device, rank=rank, world=config.workers
-        )
 
-    with ray_cluster(config):
-        task = ray.remote(num_cpus=1)(shard)
-        net, images = ray.put(model), ray.put(test)
-        parts = [task.remote(rank, net, images, dict(measures)) for rank in range(config.workers)]
-        done: list[Verdicts] = ray.get(parts)
-    correct = {m: torch.stack([p.correct[m] for p in done]).any(0) for m in measures}
-    routes = [
-        torch.stack([getattr(p, r) for p in done]).sum(0) for r in ("route", "route_attacked")
-    ]
-    return Verdicts(correct, routes[0], routes[1])
+def track(
+    config: Config,
+    plan: Plan,
+    found: Findings,
+    splits: Splits,
+    follower: Follower,
+    tags: Mapping[str, str],
+) -> None:
+    """Write the report, and a run in MLflow that continues where these settings were before."""
+    chosen = [sorted(found.main.correct), len(found.job.images), plan.cascade, plan.checks]
+    key = json.dumps([flatten(config), dict(tags), chosen], sort_keys=True)
+    root = Path(config.storage).expanduser().resolve() / config.experiment
+    home = root / f"{config.name}-{digest(key)[:8]}"
+    tracker = open_run(config, home, tags)
+    write_report(config, found, home, class_names=splits.class_names, sha256=splits.sha256)
+    (home / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+    tracker.handle({"kind": "metrics", "step": 0, "values": {**found.metrics, **found.main.pace}})
+    for name, text in found.verdict.tags.items():
+        tracker.handle({"kind": "tag", "key": name, "value": text})
+    tracker.handle({"kind": "artifacts", "folder": str(home)})
+    tracker.close("finished")
+    follower.say(f"run {tracker.run_id}; card and plots in {home}")
+    follower.say(f"see it with: {tracker.ui_hint()}")
 
 
 if __name__ == "__main__":

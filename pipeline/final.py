@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,18 +12,19 @@ from typing import Any
 import torch
 
 from moe.cost import cost
-from moe.diagnostics import class_load
 from moe.folding import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.config import Config, flatten
-from pipeline.data.loading import Splits, take
-from pipeline.measures.judging import Verdicts, judge, over_eps, suite, summarize
-from pipeline.plots import plot_accuracies, plot_class_load, plot_losses, plot_over_eps
+from pipeline.data.loading import Splits
+from pipeline.examine import Findings, Job, examine, main_job, side_jobs
+from pipeline.measures.judging import Verdicts, judge, suite, summarize
+from pipeline.measures.tiers import END
+from pipeline.plots import plot_accuracies, plot_losses
+from pipeline.portrait import write_report
 from pipeline.seeding import seed_of
 from pipeline.session import Session
 
-OVER_EPS_IMAGES = 500
 TIMED_IMAGES = 128
 
 
@@ -44,24 +44,37 @@ def finish(
     def tell(done: int, of: int) -> None:
         session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)
 
-    verdicts = judge(
+    seed, device = seed_of(config.seed, "test"), session.device
+    dense = config.backbone.num_experts == 1
+    job = main_job(config, splits.test, END, suite(config.evaluation, dense=dense))
+    main = judge(
         model,
-        splits.test,
-        suite(config.evaluation, dense=config.backbone.num_experts == 1),
-        seed=seed_of(config.seed, "test"),
-        device=session.device,
+        job.images,
+        job.measures,
+        seed=seed,
+        device=device,
         rank=session.rank,
         world=session.world,
         total=session.total,
         tell=tell,
     )
-    metrics = summarize(verdicts, config.backbone.num_experts, "test")
+    metrics = summarize(main, config.backbone.num_experts, "test")
     if session.rank == 0:
-        metrics |= costs(config, model)
-        draw(config, folder, session, splits, history, model, verdicts)
+
+        def alone(side: Job) -> Verdicts:
+            return judge(
+                model, side.images, side.measures, seed=seed, device=device, ids_N=side.ids_N
+            )
+
+        jobs = side_jobs(config, job, END, curve_steps=config.evaluation.validation_steps)
+        sides = {name: alone(side) for name, side in jobs.items()}
+        found = examine(config, model, "end of a run", job, main, sides, device)
+        metrics = {**found.metrics, **costs(config, model)}
+        draw(config, folder, replace(found, metrics=metrics), splits, history)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
-        (folder / "card.md").write_text(card(config, metrics, len(splits.test), splits.sha256))
         session.tell("metrics", step=int(meta["update"]), values=metrics)
+        for key, text in found.verdict.tags.items():
+            session.tell("tag", key=key, value=text)
         session.tell("artifacts", folder=str(folder))
     session.wait()
     return metrics
@@ -70,26 +83,14 @@ def finish(
 def draw(
     config: Config,
     folder: Path,
-    session: Session,
+    found: Findings,
     splits: Splits,
     history: Sequence[Mapping[str, Any]],
-    model: Network,
-    verdicts: Verdicts,
 ) -> None:
-    """Write the plots of a run to ``plots/``."""
-    plots = folder / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    plot_losses(history, plots / "losses.png")
-    plot_accuracies(history, plots / "accuracies.png")
-    few = take(splits.test, min(OVER_EPS_IMAGES, len(splits.test)), config.seed)
-    seed = seed_of(config.seed, "over_eps")
-    points = over_eps(model, few, config.evaluation, seed=seed, device=session.device)
-    unit = "1/255" if config.evaluation.norm == "linf" else "L2"
-    plot_over_eps(points, plots / "accuracy_over_eps.png", unit=unit)
-    if config.backbone.num_experts > 1:
-        experts, classes = config.backbone.num_experts, config.dataset.num_classes
-        table_KE = class_load(verdicts.route, splits.test.labels_N, experts, classes)
-        plot_class_load(table_KE, splits.class_names, plots / "class_load.png")
+    """Write the card and the plots of a run."""
+    write_report(config, found, folder, class_names=splits.class_names, sha256=splits.sha256)
+    plot_losses(history, folder / "plots" / "losses.png")
+    plot_accuracies(history, folder / "plots" / "accuracies.png")
 
 
 def costs(config: Config, model: Network) -> dict[str, float]:
@@ -130,34 +131,3 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def card(config: Config, metrics: Mapping[str, float], images: int, sha256: str) -> str:
-    """Describe a model in Markdown: what it is, how it does, under which conditions."""
-    lines = [f"# {config.name}", "", "| metric | value | 95% interval |", "|---|---|---|"]
-    for name, value in metrics.items():
-        if name.endswith(("_low", "_high")):
-            continue
-        band = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
-        shown = "" if None in band else f"{band[0]:.4f} to {band[1]:.4f}"
-        lines.append(f"| {name} | {value:.6g} | {shown} |")
-    threat = config.evaluation
-    lines += [
-        "",
-        f"Test images: {images}; each counted once, an image misclassified without an attack as "
-        f"broken. Threat: {threat.norm}, eps {threat.eps:.6g}, {threat.steps} steps of "
-        f"{threat.step_size:.6g}, {threat.restarts} start(s), by the true gradient of the "
-        "deployed model, whose gates are hard; `ra_worst` is the share that stands against all of "
-        "them. "
-        "Model selected on the validation split by RA under PGD-"
-        f"{threat.validation_steps}; the test split was used once.",
-        "",
-        f"Seed {config.seed}, {config.workers} worker(s), torch {torch.__version__}, "
-        f"{platform.machine()}, data sha256 {sha256[:16]}, fingerprint {config.fingerprint[:16]}.",
-        "",
-        "```json",
-        json.dumps(flatten(config), indent=2),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moe.routing import at_least_float32
 
+TINY = 1e-12  # keeps the ratio of equal logits finite
+
 
 def kl_per_image(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     """``KL(softmax p || softmax q)`` in nats, (B,) from logits (B, K) or (B, L, K).
@@ -55,3 +57,30 @@ def margin_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     own_B = logits_BK.gather(1, y_B[:, None]).squeeze(1)
     others_BK = logits_BK.scatter(1, y_B[:, None], float("-inf"))
     return others_BK.amax(1) - own_B
+
+
+def dlr_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """Difference of logits ratio ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3))``, (B,).
+
+    ``z_(1) >= z_(2) >= ...`` are the sorted logits: the margin in units that no scale of the
+    logits changes (Croce and Hein, ICML 2020, arXiv:2003.01690, eq. 6). Two classes have no third
+    logit: then it is the margin.
+    """
+    margin_B = margin_per_image(logits_BK, y_B)
+    if logits_BK.shape[1] < 3:
+        return margin_B
+    top_B3 = logits_BK.topk(3).values
+    return margin_B / (top_B3[:, 0] - top_B3[:, 2] + TINY)
+
+
+def dlr_targeted_per_image(logits_BK: Tensor, y_B: Tensor, target_B: Tensor) -> Tensor:
+    """``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, (B,), positive where t is ahead of y.
+
+    Croce and Hein, ICML 2020 (arXiv:2003.01690), eq. 7. Of three classes ``z_(3)`` stands in for
+    the missing ``z_(4)``; of two, the denominator is 1.
+    """
+    lead_B = (logits_BK.gather(1, target_B[:, None]) - logits_BK.gather(1, y_B[:, None])).squeeze(1)
+    if logits_BK.shape[1] < 3:
+        return lead_B
+    top = logits_BK.topk(min(4, logits_BK.shape[1])).values
+    return lead_B / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + TINY)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pipeline.measures.interval import wilson
 
 Row = Mapping[str, Any]  # {"step": int, "values": {metric: number}}
@@ -70,20 +68,32 @@ def plot_over_eps(points: Sequence[tuple[float, int, int]], path: Path, *, unit:
     figure.savefig(path, dpi=150)
 
 
-def plot_class_load(load_KE: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draw which share of each class's images goes to each expert."""
-    classes, experts = load_KE.shape
-    size = (max(4.0, 1.2 + 0.9 * experts), min(24.0, 1.6 + 0.3 * classes))
-    figure, axes = _axes("Which expert sees which class", "expert", "", size)
-    axes.grid(visible=False)
-    image = axes.imshow(load_KE.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axes.set_xticks(range(experts))
-    axes.set_yticks(range(classes), list(class_names)[:classes], fontsize=8 if classes < 30 else 4)
-    if classes <= 20:
-        for k in range(classes):
-            for e in range(experts):
-                share = float(load_KE[k, e])
-                colour = "white" if share > 0.6 else "black"
-                axes.text(e, k, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="share of the class's images")
+def plot_waterfall(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
+    """Draw what each attack, in turn, breaks of the images that those before it left standing.
+
+    Args:
+        rows: Name, images broken and images left, as ``pipeline.examine.waterfall`` counts them.
+    """
+    n = rows[0][1] + rows[0][2]
+    size = (max(6.4, 1.2 * len(rows) + 2.2), 4.2)
+    figure, axes = _axes(f"What each attack breaks ({n} test images)", "", "images", size)
+    axes.grid(visible=False, axis="x")
+    for place, (name, broken, left) in enumerate(rows):
+        colour = "0.6" if name == "sa" else "C3"
+        axes.bar(place, broken, bottom=left, color=colour, width=0.7)
+        text = f"\N{MINUS SIGN}{broken}" if broken else "0"
+        axes.annotate(text, (place, left + broken), (0, 3), textcoords="offset points", ha="center")
+        axes.plot([place - 0.35, place + 1.35], [left, left], color="0.5", linewidth=0.8)
+    left = rows[-1][2]
+    axes.bar(len(rows), left, color="C0", width=0.7)
+    axes.annotate(
+        f"{left}\n{left / n:.1%}",
+        (len(rows), left),
+        (0, 3),
+        textcoords="offset points",
+        ha="center",
+    )
+    names = ["no attack" if name == "sa" else name.removeprefix("ra_") for name, *_ in rows]
+    axes.set_xticks(range(len(rows) + 1), [*names, "stand"], rotation=30, ha="right")
+    axes.set_ylim(0, 1.12 * n)
     figure.savefig(path, dpi=150)

@@ -27,7 +27,13 @@ LOG = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 EVALUATED = "evaluated"  # tag of runs that judge another run again
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
-RESULTS = ("config.json", "card.md", "plots", "checkpoints/best")  # what a run folder uploads
+RESULTS = (
+    "config.json",
+    "card.md",
+    "claim.json",
+    "plots",
+    "checkpoints/best",
+)  # what a run folder uploads
 
 
 def resolve_uri(uri: str | None) -> str:

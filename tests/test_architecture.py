@@ -19,16 +19,28 @@ ORDER = (
     ("measures",),
     ("config",),
     ("cells",),
-    ("presets", "optim", "checkpoint", "stages", "plots", "journal", "command"),
-    ("tracking", "final", "console", "places"),
+    (
+        "presets",
+        "optim",
+        "checkpoint",
+        "stages",
+        "plots",
+        "route_plots",
+        "journal",
+        "command",
+        "ledger",
+    ),
+    ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("final",),
     ("loop", "masked"),
     ("worker",),
     ("train", "data_tool", "report"),
+    ("shards",),
     ("evaluate", "tune", "grid", "export", "bench", "doctor"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "evaluate", "tune", "grid", "data.streaming"},
+    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming"},
     "mlflow": {"tracking", "report"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}

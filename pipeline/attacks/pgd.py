@@ -5,7 +5,7 @@ Shapes: B images, CHW channels and sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,18 +77,11 @@ class PGD:
         self, objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, noise: Draw = UNSEEDED
     ) -> Tensor:
         """Return detached images. Touches no parameter's ``.grad`` and no train/eval mode."""
-        best = self.ascend(objective, x_BCHW, self.begin(x_BCHW, noise), self.steps)
-        if self.restarts == 1:
-            return best
-        with torch.no_grad():
-            height_B = self._heights(objective(best), x_BCHW)
-        for _ in range(self.restarts - 1):
-            again = self.ascend(objective, x_BCHW, self.begin(x_BCHW, noise), self.steps)
-            with torch.no_grad():
-                other_B = self._heights(objective(again), x_BCHW)
-            best = torch.where((other_B > height_B).view(-1, 1, 1, 1), again, best)
-            height_B = torch.maximum(height_B, other_B)
-        return best
+        tries = (
+            self.ascend(objective, x_BCHW, self.begin(x_BCHW, noise), self.steps)
+            for _ in range(self.restarts)
+        )
+        return highest(objective, tries, self.restarts)
 
     def begin(self, x_BCHW: Tensor, noise: Draw) -> Tensor:
         """Return the start: images inside the ball and [0, 1]."""
@@ -114,10 +107,8 @@ class PGD:
             x_adv.requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
-            # sign(NaN) may be 0 and turn the attack into a no-op: 0 * gradient keeps it visible
-            sign = self.norm == "linf"
-            direction = gradient.sign() + 0 * gradient if sign else gradient / _norm(gradient)
-            x_adv = self.project(x_adv.detach() + self.step_size * direction, x_BCHW)
+            ahead = x_adv.detach() + self.step_size * uphill(gradient, self.norm)
+            x_adv = self.project(ahead, x_BCHW)
         return x_adv.detach()
 
     def project(self, x_adv: Tensor, x_BCHW: Tensor) -> Tensor:
@@ -128,13 +119,68 @@ class PGD:
         shrink = (self.eps / _norm(step)).clamp(max=1)
         return (x_BCHW + shrink * step).clamp(0, 1)
 
-    def _heights(self, heights: Tensor, x_BCHW: Tensor) -> Tensor:
-        if heights.shape != (len(x_BCHW),):
-            raise ValueError(
-                f"restarts={self.restarts} needs an objective with one value an image, "
-                f"got shape {tuple(heights.shape)} for {len(x_BCHW)} images"
-            )
-        return heights
+    def walk(self, x_BCHW: Tensor, noise: Draw) -> March:
+        """Stand at a start."""
+        return March(self, x_BCHW, self.begin(x_BCHW, noise))
+
+
+@dataclass
+class March:
+    """A PGD attack on the way, one row an image; see ``pipeline.attacks.Walk``."""
+
+    attack: PGD
+    x_BCHW: Tensor
+    now: Tensor
+
+    def points(self) -> tuple[Tensor, ...]:
+        """Return the images to be judged."""
+        return (self.now,)
+
+    def keep(self, rows_A: Tensor) -> None:
+        """Drop all images but those at ``rows_A``."""
+        self.x_BCHW, self.now = self.x_BCHW[rows_A], self.now[rows_A]
+
+    def advance(self, objective: Callable[[Tensor], Tensor], steps: int) -> None:
+        """Make so many steps."""
+        self.now = self.attack.ascend(objective, self.x_BCHW, self.now, steps)
+
+
+def highest(
+    objective: Callable[[Tensor], Tensor], tries: Iterator[Tensor], restarts: int
+) -> Tensor:
+    """Return, for each image, the try with the highest objective; the first of equals.
+
+    Raises:
+        ValueError: There are restarts, and the objective has not one value an image.
+    """
+    best = next(tries)
+    if restarts == 1:
+        return best
+    height_B = _heights(objective, best, restarts)
+    for again in tries:
+        other_B = _heights(objective, again, restarts)
+        best = torch.where((other_B > height_B).view(-1, 1, 1, 1), again, best)
+        height_B = torch.maximum(height_B, other_B)
+    return best
+
+
+def _heights(objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, restarts: int) -> Tensor:
+    with torch.no_grad():
+        heights = objective(x_BCHW)
+    if heights.shape != (len(x_BCHW),):
+        raise ValueError(
+            f"restarts={restarts} needs an objective with one value an image, "
+            f"got shape {tuple(heights.shape)} for {len(x_BCHW)} images"
+        )
+    return heights
+
+
+def uphill(gradient: Tensor, norm: str) -> Tensor:
+    """Return the direction of steepest ascent: the sign in L-inf, the unit vector in L2."""
+    if norm == "linf":
+        # sign(NaN) may be 0 and turn the attack into a no-op: 0 * gradient keeps it visible
+        return gradient.sign() + 0 * gradient
+    return gradient / _norm(gradient)
 
 
 def _norm(x_BCHW: Tensor) -> Tensor:

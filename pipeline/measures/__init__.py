@@ -1,10 +1,16 @@
 """Every measure by name. A new one is a file here and a line below."""
 
+from pipeline.measures.adaptive import Adaptive
 from pipeline.measures.attacked import Attacked, Measure
+from pipeline.measures.auto_attack import AutoAttack, Square
+from pipeline.measures.auto_pgd import AutoPGD, AutoPGDRatio, AutoPGDTargeted
+from pipeline.measures.chance import RandomNoise, Transfer
 from pipeline.measures.clean import Clean
 from pipeline.measures.components import ExpertAttack, RouterAttack
-from pipeline.measures.forced_route import ForcedRoute
+from pipeline.measures.forced_route import ForcedRoute, ForcedRouteAPGD, ForcedRouteSweep
+from pipeline.measures.free_choice import FreeChoice, OneExpert
 from pipeline.measures.settings import Evaluation
+from pipeline.measures.surrogate import Surrogate, SurrogateAPGD
 from pipeline.measures.white_box import WhiteBox, WhiteBoxMargin
 
 MEASURES: dict[str, type[Measure]] = {
@@ -14,6 +20,49 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_forced": ForcedRoute,
     "ra_router": RouterAttack,
     "ra_expert": ExpertAttack,
+    "ra_apgd": AutoPGD,
+    "ra_apgd_dlr": AutoPGDRatio,
+    "ra_apgd_t": AutoPGDTargeted,
+    "ra_forced_sweep": ForcedRouteSweep,
+    "ra_forced_apgd": ForcedRouteAPGD,
+    "ra_surrogate": Surrogate,
+    "ra_surrogate_apgd": SurrogateAPGD,
+    "ra_adaptive": Adaptive,
+    "ra_aa": AutoAttack,
+    "ra_square": Square,
+    "ra_noise": RandomNoise,
+    "ra_floor": FreeChoice,
+    "ra_each": OneExpert,
 }
 
-__all__ = ["MEASURES", "Attacked", "Evaluation", "Measure"]
+# What a training run ends with: the others cost up to a hundred times as much.
+END_OF_RUN = ("sa", "ra_pgd", "ra_pgd_margin", "ra_forced", "ra_router", "ra_expert")
+# A dense net has no route to attack: these say nothing new of it.
+ROUTED = (
+    "ra_forced",
+    "ra_router",
+    "ra_expert",
+    "ra_forced_sweep",
+    "ra_forced_apgd",
+    "ra_surrogate",
+    "ra_surrogate_apgd",
+    "ra_adaptive",
+    "ra_floor",
+    "ra_each",
+)
+# Judged along a fixed route and not on the deployed model: they do not count into ra_worst.
+FLOORS = ("ra_floor", "ra_each")
+# These need the extra eval.
+PACKAGED = ("ra_aa", "ra_square")
+
+__all__ = [
+    "END_OF_RUN",
+    "FLOORS",
+    "MEASURES",
+    "PACKAGED",
+    "ROUTED",
+    "Attacked",
+    "Evaluation",
+    "Measure",
+    "Transfer",
+]

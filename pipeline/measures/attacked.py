@@ -1,6 +1,6 @@
 """What every measure returns, and the attack loop that they share.
 
-Shapes: B images, K classes, CHW channels and sides.
+Shapes: B images, K classes, A images still standing, CHW channels and sides.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.network import Network
-from pipeline.attacks import Objective
+from pipeline.attacks import Objective, Walker
 from pipeline.attacks.pgd import PGD, Draw
 
 CHECK_EVERY = 10  # gradients between two looks at which images are broken
@@ -44,8 +44,13 @@ def is_correct(model: Network, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     return correct_B
 
 
+def untouched(model: Network, x_BCHW: Tensor, y_B: Tensor) -> Attacked:
+    """Return the outcome before any attack."""
+    return Attacked(is_correct(model, x_BCHW, y_B), x_BCHW)
+
+
 def break_images(
-    attack: PGD,
+    attack: Walker,
     model: Network,
     objective: Callable[[Tensor, Tensor], Tensor],
     before: Attacked,
@@ -55,28 +60,52 @@ def break_images(
 ) -> Attacked:
     """Attack the images that still stand; those that fall are kept as they fell.
 
-    Judged every ten gradients and at the end: an adversary keeps the best it found, and a broken
-    image costs nothing more.
+    Judged on the deployed model, every ten gradients and at the end: an adversary keeps the best
+    it found, and a broken image costs nothing more.
 
     Args:
         objective: ``(x, index)`` to one value an image, for the images of the batch at ``index``.
         before: Outcome so far; its broken images are left alone.
     """
+
+    def stands(x: Tensor, index_A: Tensor) -> Tensor:
+        return is_correct(model, x, y_B[index_A])
+
+    return break_by(stands, attack, objective, before, x_BCHW, noise)
+
+
+def break_by(
+    stands: Callable[[Tensor, Tensor], Tensor],
+    attack: Walker,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    before: Attacked,
+    x_BCHW: Tensor,
+    noise: Draw,
+) -> Attacked:
+    """Attack as ``break_images`` does, with another judge.
+
+    Args:
+        stands: ``(x, index)`` to bool (A,): which images of the batch at ``index`` still stand.
+    """
     correct_B, x_adv = before.correct_B.clone(), before.x_adv.clone()
     for _ in range(attack.restarts):
-        now = attack.begin(x_BCHW, noise)
-        done = 0
-        while done < attack.steps and bool(correct_B.any()):
-            alive = correct_B.nonzero().squeeze(1)
+        walk = attack.walk(x_BCHW, noise)
+        alive_A, done = correct_B.nonzero().squeeze(1), 0
+        walk.keep(alive_A)
+        while done < attack.steps and len(alive_A):
             steps = min(CHECK_EVERY, attack.steps - done)
-            aim = _bind(objective, alive)
-            now[alive] = attack.ascend(aim, x_BCHW[alive], now[alive], steps)
-            still_A = is_correct(model, now[alive], y_B[alive])
-            x_adv[alive] = now[alive]
-            correct_B[alive] = still_A
+            walk.advance(_bind(objective, alive_A), steps)
             done += steps
+            on_A = torch.ones_like(alive_A, dtype=torch.bool)
+            for point in walk.points():
+                if bool(on_A.any()):
+                    rows_A = alive_A[on_A]
+                    x_adv[rows_A], correct_B[rows_A] = point[on_A], stands(point[on_A], rows_A)
+                    on_A = correct_B[alive_A]
+            walk.keep(on_A)
+            alive_A = alive_A[on_A]
     return Attacked(correct_B, x_adv)
 
 
-def _bind(objective: Callable[[Tensor, Tensor], Tensor], alive: Tensor) -> Objective:
-    return lambda x: objective(x, alive)
+def _bind(objective: Callable[[Tensor, Tensor], Tensor], alive_A: Tensor) -> Objective:
+    return lambda x: objective(x, alive_A)

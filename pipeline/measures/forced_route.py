@@ -10,10 +10,23 @@ import torch
 from torch import Tensor
 
 from moe.network import Network
+from pipeline.attacks import Walker
+from pipeline.attacks.apgd import like
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.losses import margin_per_image
-from pipeline.measures.attacked import Attacked, break_images
-from pipeline.measures.clean import Clean
+from pipeline.measures.attacked import Attacked, break_images, untouched
+
+SWEEP = (1.0, 0.3, 3.0)
+
+
+def check_weights(weights: tuple[float, ...]) -> None:
+    """Refuse weights with which nothing is attacked, or the wrong way round.
+
+    Raises:
+        ValueError: There is none, or one is negative.
+    """
+    if not weights or not all(weight >= 0 for weight in weights):
+        raise ValueError(f"weights must be one or more numbers of at least 0, got {weights}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +35,79 @@ class ForcedRoute:
 
     The penalty is the gap that keeps the router from e (zero once it is there, and without a
     gradient then). Success is judged on the deployed model; an image stands if it stands against
-    every e. With ``per_layer`` routers e is the expert of every layer.
+    every e. With ``per_layer`` routers e is the expert of every layer, and the gaps are summed.
 
     Attributes:
-        weight: Of the gap, in logits of the classifier per logit of the router.
+        weights: Of the gap, in logits of the classifier per logit of the router, one attack each;
+            what stands against one meets the next. No weight is right for all networks: it has to
+            outweigh the margin's gradient where that pulls the image away from e's region.
+
+    Raises:
+        ValueError: There is no weight, or one is negative.
+    """
+
+    attack: Walker = PGD(steps=50)
+    weights: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+
+    def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
+        outcome = untouched(model, x_BCHW, y_B)
+        with torch.no_grad():
+            clean = model(x_BCHW)
+        experts = clean.router.shape[-1]
+        for weight in self.weights if experts > 1 else self.weights[:1]:  # no router, no gap
+            for expert in range(experts):
+                route = torch.full_like(clean.route, expert)
+
+                def objective(
+                    x: Tensor,
+                    index: Tensor,
+                    e: int = expert,
+                    to: Tensor = route,
+                    w: float = weight,
+                ) -> Tensor:
+                    scores = model.router_scores(x)
+                    gap_B = (scores.amax(-1) - scores[..., e]).reshape(len(x), -1).sum(1)
+                    return margin_per_image(model.along(x, to[index]), y_B[index]) - w * gap_B
+
+                outcome = break_images(self.attack, model, objective, outcome, x_BCHW, y_B, noise)
+        return outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedRouteSweep:
+    """RA-forced with PGD for each of several weights of the gap.
+
+    Attributes:
+        weights: As in ``ForcedRoute``, in the order in which they are tried.
     """
 
     attack: PGD = PGD(steps=50)
-    weight: float = 1.0
+    weights: tuple[float, ...] = SWEEP
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
-        outcome = Clean()(model, x_BCHW, y_B, noise)
-        with torch.no_grad():
-            clean = model(x_BCHW)
-        for expert in range(clean.router.shape[-1]):
-            route = torch.full_like(clean.route, expert)
+        return ForcedRoute(attack=self.attack, weights=self.weights)(model, x_BCHW, y_B, noise)
 
-            def objective(x: Tensor, index: Tensor, e: int = expert, to: Tensor = route) -> Tensor:
-                scores = model.router_scores(x)
-                gap_B = (scores.amax(-1) - scores[..., e]).reshape(len(x), -1).sum(1)
-                return margin_per_image(model.along(x, to[index]), y_B[index]) - self.weight * gap_B
 
-            outcome = break_images(self.attack, model, objective, outcome, x_BCHW, y_B, noise)
-        return outcome
+@dataclass(frozen=True, kw_only=True)
+class ForcedRouteAPGD:
+    """RA-forced with APGD, whose step size fits itself to each weight of the gap.
+
+    Attributes:
+        weights: As in ``ForcedRoute``, in the order in which they are tried.
+    """
+
+    attack: PGD = PGD(steps=100)
+    weights: tuple[float, ...] = SWEEP
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+
+    def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
+        forced = ForcedRoute(attack=like(self.attack), weights=self.weights)
+        return forced(model, x_BCHW, y_B, noise)

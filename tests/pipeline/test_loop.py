@@ -135,7 +135,10 @@ def test_run_returns_the_metrics_of_the_contract(straight: tuple[Path, Events]) 
     folder, events = straight
     told = [event for event in events if event["kind"] == "metrics"]
     assert [row["step"] for row in told[:-1]] == [STEPS * epoch for epoch in range(1, 4)]
-    ending = told[-1]["values"]
+    ending = {k: v for k, v in told[-1]["values"].items() if not k.startswith("check/")}
+    assert {f"check/{name}" for name in ("logits", "gap", "eps_zero")} <= told[-1]["values"].keys()
+    tags = {event["key"] for event in events if event["kind"] == "tag"}
+    assert {"verdict", "verdict_why", "verdict_worst"} <= tags
     shares = {"sa", "ra_pgd2", "ra_pgd2_margin", "ra_forced", "ra_worst", "ra_router", "ra_expert"}
     wanted = {f"test/{share}{end}" for share in shares for end in ("", "_low", "_high")}
     wanted |= {f"cost/{n}" for n in ("gmac", "gmac_router", "params", "ratio_to_dense")}
@@ -160,8 +163,10 @@ def test_run_returns_the_metrics_of_the_contract(straight: tuple[Path, Events]) 
 def test_run_leaves_what_the_contract_lists(straight: tuple[Path, Events]) -> None:
     folder, events = straight
     assert json.loads((folder / "config.json").read_text())["algorithm"] == "adv_moe"
-    assert (folder / "card.md").read_text().startswith("# run")
+    assert (folder / "card.md").read_text().startswith("# run\n\nVerdict: **")
+    assert json.loads((folder / "claim.json").read_text())["autoattack_acc"] is None
     plots = {"losses", "accuracies", "accuracy_over_eps", "class_load"}
+    plots |= {"waterfall", "flips", "router_margins"}
     assert {plot.stem for plot in (folder / "plots").glob("*.png")} == plots
     names = {entry.name for entry in (folder / "checkpoints").iterdir()}
     assert names == {"best", "step_00000008", "step_00000012"}

@@ -9,6 +9,8 @@ from torch.distributions import Categorical, kl_divergence
 
 from pipeline.losses import (
     cross_entropy_per_image,
+    dlr_per_image,
+    dlr_targeted_per_image,
     dominant,
     kl,
     kl_per_image,
@@ -142,3 +144,55 @@ def test_dominant_class_is_the_one_of_the_largest_share() -> None:
     assert dominant(shares_BK).tolist() == [2, 1, 0]
     y_B = torch.tensor([3, 1])
     assert torch.equal(dominant(y_B), y_B)
+
+
+def ratio_written_out(z: list[float], y: int) -> float:
+    first, second, third = sorted(z, reverse=True)[:3]
+    return -(z[y] - (second if z[y] == first else first)) / (first - third)
+
+
+def test_ratio_is_its_definition_written_out() -> None:
+    z_BK, y_B = logits(40, 6), torch.arange(40) % 6
+    wanted = [ratio_written_out(z, y) for z, y in zip(z_BK.tolist(), y_B.tolist(), strict=True)]
+    found_B = dlr_per_image(z_BK, y_B)
+    assert found_B.tolist() == pytest.approx(wanted, abs=1e-9)
+    assert torch.equal(found_B > 0, z_BK.argmax(1) != y_B)
+
+
+def test_targeted_ratio_is_its_definition_written_out() -> None:
+    z_BK, y_B, target_B = logits(40, 6), torch.arange(40) % 6, (torch.arange(40) + 2) % 6
+    top_BK = z_BK.sort(1, descending=True).values
+    for row, (y, t) in enumerate(zip(y_B.tolist(), target_B.tolist(), strict=True)):
+        own, other, top = z_BK[row, y], z_BK[row, t], top_BK[row]
+        wanted = -(own - other) / (top[0] - (top[2] + top[3]) / 2)
+        found = dlr_targeted_per_image(z_BK, y_B, target_B)[row]
+        assert found.item() == pytest.approx(wanted.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 10])
+def test_ratios_do_not_change_with_scale_and_shift_of_the_logits(classes: int) -> None:
+    z_BK, y_B = logits(30, classes), torch.arange(30) % classes
+    target_B = (y_B + 1) % classes
+    for moved_BK in (1000 * z_BK, z_BK + 50, 0.01 * z_BK - 3):
+        for loss in (dlr_per_image, lambda z, y: dlr_targeted_per_image(z, y, target_B)):
+            torch.testing.assert_close(loss(moved_BK, y_B), loss(z_BK, y_B), rtol=1e-6, atol=1e-8)
+
+
+def test_ratios_of_two_classes_are_the_margin_and_of_three_do_without_the_fourth() -> None:
+    z_BK, y_B = logits(20, 2), torch.arange(20) % 2
+    assert torch.equal(dlr_per_image(z_BK, y_B), margin_per_image(z_BK, y_B))
+    torch.testing.assert_close(
+        dlr_targeted_per_image(z_BK, y_B, 1 - y_B), margin_per_image(z_BK, y_B)
+    )
+    z = torch.tensor([[3.0, 1.0, 0.0]])
+    assert dlr_targeted_per_image(z, torch.tensor([0]), torch.tensor([1])).item() == (
+        pytest.approx(-2 / 3)
+    )
+
+
+def test_ratios_of_equal_logits_are_finite() -> None:
+    z_BK, y_B = torch.zeros(2, 5, requires_grad=True), torch.tensor([0, 4])
+    both_B = dlr_per_image(z_BK, y_B) + dlr_targeted_per_image(z_BK, y_B, 4 - y_B)
+    (gradient,) = torch.autograd.grad(both_B.sum(), z_BK)
+    assert both_B.isfinite().all()
+    assert gradient.isfinite().all()

@@ -1,0 +1,108 @@
+"""Outcomes on disk: what an evaluation found is there for the next one, and after a crash.
+
+One parquet data set for each pair of weights and attack, a folder of parts; each part is one batch
+and appears whole or not at all, so that a process killed at any moment loses at most a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.loading import Images
+from pipeline.measures import Measure
+from pipeline.measures.outcomes import TYPES
+
+ROOT = Path(__file__).parents[1]
+CODE = ("moe", "pipeline/attacks", "pipeline/measures", "pipeline/losses.py", "pipeline/seeding.py")
+"""What decides an outcome: changed code attacks anew."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Outcomes by weights, attack and image; see ``pipeline.measures.outcomes.Store``.
+
+    Attributes:
+        folder: Holds one folder for each weights, named by their hash, and in it one data set for
+            each attack.
+        weights: Hash of the weights and of the settings that make them a network.
+        context: Hash of what else decides an outcome beside the attack's own settings: seed,
+            images, code.
+    """
+
+    folder: Path
+    weights: str
+    context: str
+
+    def read(self, name: str, measure: Measure) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the images whose outcome is known, and its columns."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        home = self.home(name, measure)
+        parts = [pq.read_table(part) for part in sorted(home.glob("*.parquet"))]
+        if not parts:
+            return torch.empty(0, dtype=torch.int64), {}
+        table = pa.concat_tables(parts)
+        ids_M = torch.from_numpy(table["image"].to_numpy().copy())
+        columns = {}
+        for key in TYPES:
+            found = np.stack(table[key].to_numpy(zero_copy_only=False))
+            columns[key] = torch.from_numpy(found.copy())
+        return ids_M, columns
+
+    def write(
+        self, name: str, measure: Measure, ids_B: Tensor, columns: Mapping[str, Tensor]
+    ) -> None:
+        """Keep the outcome of some images: written aside, then renamed."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        home = self.home(name, measure)
+        home.mkdir(parents=True, exist_ok=True)
+        rows: dict[str, Any] = {"image": ids_B.numpy()}
+        rows |= {key: list(column.numpy()) for key, column in columns.items()}
+        table = pa.table(rows).replace_schema_metadata({"attack": repr(measure), "name": name})
+        draft = home / f".{uuid.uuid4().hex}"
+        pq.write_table(table, draft)
+        draft.replace(home / f"{draft.name[1:]}.parquet")
+
+    def home(self, name: str, measure: Measure) -> Path:
+        """Name the data set of an attack, by all that decides its outcomes."""
+        kind = f"{type(measure).__module__}.{type(measure).__qualname__}"
+        own = digest(kind, repr(measure), self.context)
+        return self.folder / self.weights[:16] / f"{name.replace(' ', '_')}-{own[:16]}"
+
+
+def digest(*parts: str) -> str:
+    """Hash some words, 64 hexadecimal digits."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def digest_of_images(images: Images) -> str:
+    """Hash pixels and labels, in their order: image 7 of two sets is one image if this is equal."""
+    pixels, labels = images.pixels_NCHW.contiguous(), images.labels_N.contiguous()
+    found = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    found.update(pixels.numpy().data)
+    found.update(labels.numpy().data)
+    return found.hexdigest()
+
+
+def digest_of_code() -> str:
+    """Hash the files that decide an outcome."""
+    files = [
+        file
+        for place in CODE
+        for file in (
+            [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+        )
+    ]
+    return digest(*(f"{file.relative_to(ROOT)}\0{file.read_text('utf-8')}" for file in files))
