@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.layers import MoEConv2d
+from moe.layers import MoEConv2d, pixels_read
 from moe.network import Network
 from moe.routing import Routed, Routing, straight_through_top1
 
@@ -40,7 +40,8 @@ class MaskedConv2d(MoEConv2d):
     def forward(self, x_BCHW: Tensor, routing: Routing) -> Tensor:
         """Map features (B, C, H, W) to (B, D, P, Q)."""
         gates_BE = self._gates(x_BCHW, routing)
-        y_BFPQ = F.conv2d(x_BCHW, self.weight_FCRR, None, self.stride, self.padding)
+        x_BCHW, stride = pixels_read(x_BCHW, self.weight_FCRR, self.stride)
+        y_BFPQ = F.conv2d(x_BCHW, self.weight_FCRR, None, stride, self.padding)
         y_BEDPQ = y_BFPQ.view(len(y_BFPQ), self.num_experts, -1, *y_BFPQ.shape[2:])
         return (y_BEDPQ * gates_BE[:, :, None, None, None]).sum(1)
 

@@ -204,6 +204,34 @@ def test_one_expert_is_a_plain_convolution_with_batchnorm() -> None:
     torch.testing.assert_close(mixture(x_BCHW, Routing(route)), plain(x_BCHW, Routing()))
 
 
+@pytest.mark.parametrize("channels", [4, 8, 15, 16])
+@pytest.mark.parametrize("kind", ["mixture", "plain"])
+def test_thin_strided_1x1_convolution_has_its_gradients_where_channels_come_last(
+    kind: str, channels: int
+) -> None:
+    """In fp32 on 56 px, where oneDNN's own weight gradient writes past its buffer."""
+    torch.manual_seed(0)
+    layer = plain_conv(channels, 16, 1, 2)
+    mixture = MoEConv2d(channels, 16, 1, num_experts=1, stride=2)
+    mixture.weight_FCRR.data.copy_(layer.weight.data)
+    x_BCHW, grad_BDPQ = torch.randn(2, channels, 56, 56), torch.randn(2, 16, 28, 28)
+    want_BDPQ = torch.einsum("bcpq,dc->bdpq", x_BCHW[:, :, ::2, ::2], layer.weight[:, :, 0, 0])
+    want_DC = torch.einsum("bcpq,bdpq->dc", x_BCHW[:, :, ::2, ::2], grad_BDPQ)
+
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last).requires_grad_()
+    if kind == "mixture":
+        weight, route = mixture.weight_FCRR, Route.top1(torch.zeros(2, 1))
+        y_BDPQ = mixture(x_BCHW, Routing(route))
+    else:
+        weight, y_BDPQ = layer.weight, layer(x_BCHW)
+    y_BDPQ.backward(grad_BDPQ.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(y_BDPQ, want_BDPQ, rtol=1e-4, atol=1e-4)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[:, :, 0, 0], want_DC, rtol=1e-3, atol=1e-3)
+    assert x_BCHW.grad is not None
+    assert not x_BCHW.grad[:, :, 1::2, 1::2].any()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
