@@ -89,10 +89,10 @@ class ScoredBody(nn.Module):
         ``s_d = sqrt(6 / D) |W_d| / max_d |W_d|``, the norm being over all weights that read channel
         d (HYDRA: of a single weight, with its layer's fan-in for D).
         """
-        square_N = torch.zeros_like(self.mask())
+        square_N = torch.zeros_like(self.mask(), device="cpu")  # sums in one order on all replicas
         for name, layer in layers_of(self.dense).items():
             square_F = weight_of(layer).square().transpose(0, 1).flatten(1).sum(1)
-            square_N.index_add_(0, self.coupling.reads[name].to(square_N.device), square_F)
+            square_N.index_add_(0, self.coupling.reads[name], square_F.cpu())
         for (group, _), scores_D in zip(self.scored, self.scores, strict=True):
             norm_D = square_N[group.span].sqrt()
             top = norm_D.max().clamp(min=1e-12)
