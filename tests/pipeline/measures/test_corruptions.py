@@ -131,3 +131,12 @@ def test_model_is_judged_on_every_kind_and_severity(build: Build) -> None:
 def test_corruption_that_is_not_there_is_refused(kind: str, severity: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         corrupt(pictures(1), kind, severity, seed=0)
+
+
+def test_pixelate_weighs_pixels_by_their_share_of_a_box() -> None:
+    """Four columns to three boxes of 4/3 of a column each; the middle one is repeated."""
+    a, b, c, d = 0.8, 0.2, 0.6, 0.1
+    found = pixelate(torch.tensor([a, b, c, d]).expand(1, 4, 4), 0.75, DRAWS)
+    boxes = [0.75 * (a + b / 3), 0.75 * (2 * b / 3 + 2 * c / 3), 0.75 * (c / 3 + d)]
+    assert sorted(set(found[0, 0].tolist())) == pytest.approx(sorted(boxes))
+    assert found[0, 0, [0, 3]].tolist() == pytest.approx([boxes[0], boxes[2]])
