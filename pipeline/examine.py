@@ -16,12 +16,13 @@ from moe.network import Network
 from pipeline.config import Config, name_of
 from pipeline.data.loading import Images, even_subset, to_float
 from pipeline.measures import Evaluation, Measure
+from pipeline.measures.checks import Evidence
 from pipeline.measures.judging import Verdicts, summarize
 from pipeline.measures.outcomes import counts
 from pipeline.measures.probes import Planted, contrasts, facts, over_eps
 from pipeline.measures.references import reference
 from pipeline.measures.routing import expert_overlap, flip_rates
-from pipeline.measures.sanity import Evidence, Verdict, decide
+from pipeline.measures.sanity import Verdict, decide
 from pipeline.measures.tiers import Tier
 
 FACT_IMAGES = 64

@@ -25,12 +25,13 @@ from pipeline.data.loading import Images, to_float
 from pipeline.losses import cross_entropy_per_image, margin_per_image
 from pipeline.measures import PACKAGED, Evaluation, Measure
 from pipeline.measures.attacked import Attacked, break_images, is_correct
+from pipeline.measures.checks import Evidence, exceeds
 from pipeline.measures.clean import Clean
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.judging import judge
 from pipeline.measures.probes import Plain, Planted, contrasts, facts, over_eps, separate
 from pipeline.measures.references import REFERENCES, reference
-from pipeline.measures.sanity import CHECKS, Evidence, Verdict, decide, exceeds
+from pipeline.measures.sanity import CHECKS, Verdict, decide
 from pipeline.measures.tiers import TIERS, measures_of
 from pipeline.measures.white_box import WhiteBox
 from pipeline.seeding import ImageNoise
