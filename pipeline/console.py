@@ -35,6 +35,9 @@ TITLES = {
     "test/ra_expert": "RA, experts attacked, clean route",
     "route/entropy": "entropy of the load (nats)",
     "route/flip_rate": "routes changed by the white-box attack",
+    "route/flip_rate_broken": "of the images that it broke",
+    "route/flip_rate_surviving": "of those that stand",
+    "route/overlap": "overlap of the experts before and after (IoU)",
     "cost/gmac": "GMAC an image, router included",
     "cost/gmac_router": "GMAC of the router",
     "cost/params": "parameters",
@@ -156,7 +159,7 @@ def results_table(title: str, metrics: Mapping[str, float]) -> Table:
     for name, value in metrics.items():
         if name.endswith(("_low", "_high")) or name.startswith("check/"):
             continue
-        share = name.startswith("test/")
+        share = name.startswith(("test/", "corruption/"))
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         band = "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
         table.add_row(describe(name), f"{value:.1%}" if share else f"{value:.4g}", band)

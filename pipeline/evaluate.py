@@ -20,9 +20,11 @@ from pipeline.data.loading import Images, Splits
 from pipeline.examine import Findings, Job, cascaded, examine, main_job, side_jobs
 from pipeline.ledger import Ledger, digest, digest_of_code, digest_of_images
 from pipeline.measures import MEASURES, PACKAGED
+from pipeline.measures.corruptions import corrupted
 from pipeline.measures.probes import CURVE_STEPS
 from pipeline.measures.tiers import TIERS, Tier, measures_of
 from pipeline.portrait import write_report
+from pipeline.seeding import seed_of
 from pipeline.session import best_device
 from pipeline.shards import shards
 from pipeline.tracking import EVALUATED, download, resolve_run
@@ -41,6 +43,7 @@ killed, is not attacked again.
                              {", ".join(MEASURES)}
   checks=true|false          the attacks that only the sanity checks need (default: true, and false
                              with measure=)
+  corruptions=true           accuracy under six kinds of corruption too, mean of severities 1 to 5
   cascade=true               attack only what stands against the attacks before: ra_worst alone
   reuse=false                attack everything anew
   batch=N                    images attacked at a time, and at most lost to a kill (default: 256)
@@ -51,7 +54,7 @@ killed, is not attacked again.
 """
 PREFIXES = ("evaluation.", "dataset.path", "dataset.test_images")
 WHERE = ("experiment", "storage", "tracking_uri", "workers")
-OPTIONS = ("tier", "measure", "checks", "cascade", "reuse", "batch")
+OPTIONS = ("tier", "measure", "checks", "corruptions", "cascade", "reuse", "batch")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class Plan:
 
     Attributes:
         name, tier: The tier, with its measures replaced by those of the command line.
-        checks, cascade, reuse, batch: As in the usage.
+        checks, corruptions, cascade, reuse, batch: As in the usage.
     """
 
     name: str
     tier: Tier
     checks: bool = True
+    corruptions: bool = False
     cascade: bool = False
     reuse: bool = True
     batch: int = 256
@@ -125,6 +129,7 @@ def read_plan(options: Mapping[str, str]) -> Plan:
         name,
         tier,
         checks=parse("checks", options.get("checks", not asked), bool),
+        corruptions=parse("corruptions", options.get("corruptions", False), bool),
         cascade=parse("cascade", options.get("cascade", False), bool),
         reuse=parse("reuse", options.get("reuse", True), bool),
         batch=batch,
@@ -155,6 +160,9 @@ def evaluate(
     results = shards(config, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
     found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
+    if plan.corruptions:
+        metrics = {**found.metrics, **corruption_metrics(model, jobs["main"].images, config.seed)}
+        found = replace(found, metrics=metrics)
     took = time.monotonic() - began
     follower.results(
         f"{config.name}, {len(jobs['main'].images)} test images, {took:.0f} s", found.metrics
@@ -182,6 +190,19 @@ def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
     return jobs
 
 
+def corruption_metrics(model: Network, images: Images, seed: int) -> dict[str, float]:
+    """Average the accuracy over the severities of each kind, and over the kinds."""
+    hits = corrupted(model, images, seed=seed_of(seed, "test"), device=best_device())
+    kinds = dict.fromkeys(kind for kind, _ in hits)
+    means = {
+        kind: sum(float(hits_N.float().mean()) for (k, _), hits_N in hits.items() if k == kind)
+        / sum(k == kind for k, _ in hits)
+        for kind in kinds
+    }
+    found = {f"corruption/{kind}": mean for kind, mean in means.items()}
+    return found | {"corruption/mean": sum(means.values()) / len(means)}
+
+
 def open_ledger(config: Config, weights: str, test: Images) -> Ledger:
     """Find the outcomes of these weights under the run folders."""
     network = digest(weights, json.dumps(flatten(config.backbone), sort_keys=True))
@@ -199,7 +220,7 @@ def track(
     tags: Mapping[str, str],
 ) -> None:
     """Write the report, and a run in MLflow that continues where these settings were before."""
-    chosen = [sorted(found.main.correct), len(found.job.images), plan.cascade, plan.checks]
+    chosen = [sorted(found.metrics), len(found.job.images), plan.cascade]
     key = json.dumps([flatten(config), dict(tags), chosen], sort_keys=True)
     root = Path(config.storage).expanduser().resolve() / config.experiment
     home = root / f"{config.name}-{digest(key)[:8]}"

@@ -16,11 +16,13 @@ from moe.network import Network
 from pipeline.config import Config, name_of
 from pipeline.data.loading import Images, even_subset, to_float
 from pipeline.measures import Evaluation, Measure
+from pipeline.measures.checks import Evidence
 from pipeline.measures.judging import Verdicts, summarize
 from pipeline.measures.outcomes import counts
 from pipeline.measures.probes import Planted, contrasts, facts, over_eps
 from pipeline.measures.references import reference
-from pipeline.measures.sanity import Evidence, Verdict, decide
+from pipeline.measures.routing import expert_overlap, flip_rates
+from pipeline.measures.sanity import Verdict, decide
 from pipeline.measures.tiers import Tier
 
 FACT_IMAGES = 64
@@ -97,7 +99,7 @@ def examine(
 ) -> Findings:
     """Weigh the outcomes: metrics, the curve, and the verdict."""
     threat, experts = config.evaluation, config.backbone.num_experts
-    metrics = summarize(main, experts, "test")
+    metrics = summarize(main, experts, "test") | route_metrics(main, experts)
     found: dict[str, Tensor] = {}
     for name in ("curve", "contrasts"):
         found |= sides[name].correct if name in sides else {}
@@ -123,6 +125,20 @@ def examine(
     verdict = decide(evidence)
     metrics |= {f"check/{c.name}": c.value for c in verdict.checks if c.value is not None}
     return Findings(tier, job, main, curve_of(sides), verdict, metrics, threat, dict(sides))
+
+
+def route_metrics(main: Verdicts, num_experts: int) -> dict[str, float]:
+    """Say how the white-box attack moves the routes: of broken and surviving images, and overlap.
+
+    The overlap is the mean intersection over union of the experts before and after.
+    """
+    aimed = next((name for name in main.correct if counts(name)), None)
+    if num_experts == 1 or aimed is None:
+        return {}
+    rates = flip_rates(main.route, main.route_attacked, main.correct[aimed])
+    overlap_L = expert_overlap(main.route, main.route_attacked, num_experts)
+    found = {f"route/flip_rate_{group}": rate for group, rate in rates.items() if group != "all"}
+    return found | {"route/overlap": float(overlap_L.mean())}
 
 
 def curve_of(sides: Mapping[str, Verdicts]) -> tuple[tuple[float, int, int], ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.loading import Images
 from pipeline.measures import Measure
@@ -42,12 +42,12 @@ class Ledger:
     weights: str
     context: str
 
-    def read(self, name: str, measure: Measure) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, measure: Measure) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images whose outcome is known, and its columns."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        home = self.home(name, measure)
+        home = self.home(measure)
         parts = [pq.read_table(part) for part in sorted(home.glob("*.parquet"))]
         if not parts:
             return torch.empty(0, dtype=torch.int64), {}
@@ -59,27 +59,37 @@ class Ledger:
             columns[key] = torch.from_numpy(found.copy())
         return ids_M, columns
 
-    def write(
-        self, name: str, measure: Measure, ids_B: Tensor, columns: Mapping[str, Tensor]
-    ) -> None:
+    def write(self, measure: Measure, ids_B: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Keep the outcome of some images: written aside, then renamed."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        home = self.home(name, measure)
+        home = self.home(measure)
         home.mkdir(parents=True, exist_ok=True)
         rows: dict[str, Any] = {"image": ids_B.numpy()}
         rows |= {key: list(column.numpy()) for key, column in columns.items()}
-        table = pa.table(rows).replace_schema_metadata({"attack": repr(measure), "name": name})
+        table = pa.table(rows).replace_schema_metadata({"attack": repr(measure)})
         draft = home / f".{uuid.uuid4().hex}"
         pq.write_table(table, draft)
         draft.replace(home / f"{draft.name[1:]}.parquet")
 
-    def home(self, name: str, measure: Measure) -> Path:
-        """Name the data set of an attack, by all that decides its outcomes."""
-        kind = f"{type(measure).__module__}.{type(measure).__qualname__}"
-        own = digest(kind, repr(measure), self.context)
-        return self.folder / self.weights[:16] / f"{name.replace(' ', '_')}-{own[:16]}"
+    def home(self, measure: Measure) -> Path:
+        """Name the data set of an attack, by all that decides its outcomes and not by its name."""
+        own = digest(*identity(measure), self.context)
+        return self.folder / self.weights[:16] / f"{type(measure).__name__}-{own[:16]}"
+
+
+def identity(measure: Measure) -> list[str]:
+    """Say what an attack is: its kind, its settings, and the weights of a network among them."""
+    kind = type(measure)
+    words = [f"{kind.__module__}.{kind.__qualname__}", repr(measure)]
+    for value in vars(measure).values():
+        if isinstance(value, nn.Module):
+            state = {name: tensor.cpu() for name, tensor in value.state_dict().items()}
+            words += [
+                f"{n} {hashlib.sha256(t.numpy().tobytes()).hexdigest()}" for n, t in state.items()
+            ]
+    return words
 
 
 def digest(*parts: str) -> str:

@@ -13,8 +13,9 @@ from pipeline.card import card, claim
 from pipeline.config import Config
 from pipeline.examine import Findings, waterfall
 from pipeline.measures.outcomes import counts
+from pipeline.measures.routing import flip_matrix
 from pipeline.plots import plot_over_eps, plot_waterfall
-from pipeline.route_plots import flip_matrix, plot_class_load, plot_flips, plot_margins
+from pipeline.route_plots import plot_class_load, plot_flips, plot_margins
 
 
 def write_report(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BINS = 40
+BINS = 24
 
 
 def _figure(columns: int, size: tuple[float, float], title: str) -> tuple[Any, list[Any]]:
@@ -60,12 +60,6 @@ def plot_class_load(loads: Mapping[str, Tensor], class_names: Sequence[str], pat
     figure.savefig(path, dpi=150)
 
 
-def flip_matrix(before: Tensor, after: Tensor, num_experts: int) -> Tensor:
-    """Count decisions by the expert before (rows) and after an attack (columns): (E, E)."""
-    cells = before.flatten() * num_experts + after.flatten()
-    return torch.bincount(cells, minlength=num_experts**2).view(num_experts, num_experts)
-
-
 def plot_flips(matrices: Mapping[str, Tensor], path: Path) -> None:
     """Draw where the images of each expert go under attack: rows sum to 1.
 
@@ -102,7 +96,7 @@ def plot_margins(gaps: Mapping[str, Tensor], path: Path) -> None:
     edges = torch.linspace(0, max(high, 1e-6), BINS + 1).tolist()
     for number, (title, gap_N) in enumerate(gaps.items()):
         close = float((gap_N <= 0.05 * high).float().mean())
-        label = f"{title}: median {float(gap_N.median()):.3g}, {close:.1%} in the first 5%"
+        label = f"{title}: median {float(gap_N.median()):.3g}, {close:.1%} below {0.05 * high:.2g}"
         style: dict[str, Any] = {"color": f"C{number}", "alpha": 0.35 if number == 0 else 1.0}
         kind = "stepfilled" if number == 0 else "step"
         shares = torch.full_like(gap_N, 1 / max(1, len(gap_N))).tolist()

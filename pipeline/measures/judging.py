@@ -139,7 +139,7 @@ def judge(
         def advance(done: int, past: int = past) -> None:
             tell(past + done, len(measures) * len(mine_M))
 
-        efforts[name] = task.attack(name, measure, rows, outcomes[name], advance)
+        efforts[name] = task.attack(measure, rows, outcomes[name], advance)
         if counts(name) or name == "sa":
             standing_N[rows] &= outcomes[name].correct_N[rows]
     route = task.clean_route(mine_M, outcomes.get("sa"))
@@ -188,7 +188,6 @@ class _Task:
 
     def attack(
         self,
-        name: str,
         measure: Measure,
         rows: Tensor,
         outcome: Outcome,
@@ -197,7 +196,7 @@ class _Task:
         """Fill in the outcome of some images: from the store where it is known, else by attack."""
         began, reused = time.monotonic(), 0
         if self.store is not None:
-            known, columns = self.store.read(name, measure)
+            known, columns = self.store.read(measure)
             at, kept = find(known, self.ids_N[rows])
             if len(at):
                 outcome.put(rows[at], {key: column[kept] for key, column in columns.items()})
@@ -211,7 +210,7 @@ class _Task:
             columns = {k: v.cpu() for k, v in observe(self.model, x_BCHW, found).items()}
             outcome.put(rows_B, columns)
             if self.store is not None:
-                self.store.write(name, measure, ids_B, columns)
+                self.store.write(measure, ids_B, columns)
             advance(reused + low + len(rows_B))
         return Effort(time.monotonic() - began, len(todo), reused)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe.network import Network
 from pipeline.measures import FLOORS
 from pipeline.measures.attacked import Attacked, Measure
+from pipeline.measures.routing import router_margin
 
 
 def counts(name: str) -> bool:
@@ -93,19 +94,18 @@ def observe(model: Network, x_BCHW: Tensor, outcome: Attacked) -> dict[str, Tens
         "seen_N": torch.ones_like(outcome.correct_B),
         "correct_N": outcome.correct_B,
         "route_NL": routed.route.reshape(len(x_adv), -1),
-        "gap_N": router_gap(routed.router),
+        "gap_N": least_gap(routed.router),
         "linf_N": step_BD.abs().amax(1),
         "l2_N": step_BD.norm(dim=1),
         "valid_N": ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1),
     }
 
 
-def router_gap(scores: Tensor) -> Tensor:
-    """Best score less the second best, (B,) from (B, E) or (B, L, E): the least over L."""
+def least_gap(scores: Tensor) -> Tensor:
+    """How clearly the router decides, (B,) from (B, E) or (B, L, E): the least over L, 0 if E=1."""
     if scores.shape[-1] < 2:
         return scores.new_zeros(len(scores))
-    best, second = scores.topk(2, dim=-1).values.unbind(-1)
-    return (best - second).reshape(len(scores), -1).amin(1)
+    return router_margin(scores).reshape(len(scores), -1).amin(1)
 
 
 class Store(Protocol):
@@ -114,13 +114,11 @@ class Store(Protocol):
     Images are known by numbers that stay theirs in every subset.
     """
 
-    def read(self, name: str, measure: Measure) -> tuple[Tensor, dict[str, Tensor]]:
+    def read(self, measure: Measure) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images whose outcome is known, and its columns."""
         ...
 
-    def write(
-        self, name: str, measure: Measure, ids_B: Tensor, columns: Mapping[str, Tensor]
-    ) -> None:
+    def write(self, measure: Measure, ids_B: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Keep the outcome of some images."""
         ...
 

@@ -28,21 +28,17 @@ ALONE = 16  # images that are classified one by one
 CANDIDATES = 8  # corners tried for a planted point
 SUCCESS = 2.0  # logit of a planted point
 
-Plain = Callable[[PGD], Measure]
+Plain = Callable[..., Measure]
+"""Makes the attack under suspicion of its settings, ``attack=``: ``WhiteBox``, but for tests."""
 
 
-def plain(attack: PGD) -> Measure:
-    """Make the attack that the checks are about: PGD on the cross-entropy of the whole model."""
-    return WhiteBox(attack=attack)
-
-
-def over_eps(threat: Evaluation, steps: int, make: Plain = plain) -> dict[str, Measure]:
+def over_eps(threat: Evaluation, steps: int, make: Plain = WhiteBox) -> dict[str, Measure]:
     """Make the plain attack at several radii, and none; its step scales with the radius."""
     attack = threat.attack(steps)
     made: dict[str, Measure] = {"sa": Clean()}
     for factor in FACTORS:
         own = replace(attack, eps=factor * attack.eps, step_size=factor * attack.step_size)
-        made[at_eps(threat, factor)] = make(own)
+        made[at_eps(threat, factor)] = make(attack=own)
     return made
 
 
@@ -52,7 +48,7 @@ def at_eps(threat: Evaluation, factor: float) -> str:
 
 
 def contrasts(
-    threat: Evaluation, num_pixels: int, *, deep: bool, make: Plain = plain
+    threat: Evaluation, num_pixels: int, *, deep: bool, make: Plain = WhiteBox
 ) -> dict[str, Measure]:
     """Make the attacks that the checks compare with each other, by name.
 
@@ -67,10 +63,10 @@ def contrasts(
     single = replace(attack, step_size=attack.eps, steps=1, start="clean")
     counts = sorted({max(1, steps // 5), steps, *([4 * steps] if deep else [])})
     return {
-        **{f"steps {count}": make(replace(attack, steps=count)) for count in counts},
-        "single": make(single),
+        **{f"steps {count}": make(attack=replace(attack, steps=count)) for count in counts},
+        "single": make(attack=single),
         "noise": WhiteBox(attack=still),  # a step of zero: ten starts, each judged
-        "unbounded": make(replace(attack, eps=far, step_size=far / 10)),
+        "unbounded": make(attack=replace(attack, eps=far, step_size=far / 10)),
         "gradients": Gradient(),
     }
 
@@ -119,10 +115,10 @@ class Planted:
     """
 
     attack: PGD = PGD(steps=50)
-    make: Plain = plain
+    make: Plain = WhiteBox
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
-        measure, zero_1 = self.make(self.attack), y_B.new_zeros(1)
+        measure, zero_1 = self.make(attack=self.attack), y_B.new_zeros(1)
         missed_B, x_adv = torch.zeros_like(y_B, dtype=torch.bool), x_BCHW.clone()
         draws: list[Tensor] = []
         readouts = list(self._plant(model, x_BCHW, noise))

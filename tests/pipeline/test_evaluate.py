@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import evaluate, loop
 from pipeline.config import override
 from pipeline.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,8 @@ def test_refuses_a_checkpoint_with_a_flipped_byte(
         (["x", "tier=extreme"], "tier must be one of smoke, standard, full, got 'extreme'"),
         (["x", "measure=luck"], "measure must be of sa, .*, got 'luck'"),
         (["x", "lr=1"], "no key 'lr'"),
+        (["x", "batch=0"], "batch must be at least 1, got 0"),
+        (["x", "cascade=perhaps"], "cascade must be true or false, got 'perhaps'"),
     ],
 )
 def test_bad_input_says_what_is_valid(at_home: Path, arguments: list[str], message: str) -> None:
@@ -85,13 +95,118 @@ def test_bad_input_says_what_is_valid(at_home: Path, arguments: list[str], messa
         evaluate.run(arguments)
 
 
+FAST = ("measure=sa,ra_pgd,ra_forced", "checks=true")
+
+
+def table(out: str) -> list[str]:
+    """The rows of the printed table that are numbers of the model."""
+    return [line for line in out.splitlines() if line.startswith((" test/", " route/"))]
+
+
 def test_two_shards_give_the_numbers_of_one(
     checkpoint: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tables = []
+    tables, cards = [], []
     for workers in (1, 2):
-        assert evaluate.run([str(checkpoint), f"workers={workers}"]) == 0
+        command = [str(checkpoint), *FAST, f"workers={workers}", "reuse=false"]
+        assert evaluate.run(command) == 0
         out = capsys.readouterr().out
-        tables.append([line for line in out.splitlines() if "/" in line and "ui" not in line])
+        tables.append(table(out))
+        home = next(line for line in out.splitlines() if "card and plots in" in line)
+        card = (Path(home.split(" plots in ")[1]) / "card.md").read_text()
+        cards.append(card[: card.index("## Conditions")])
+        assert "reused 0 of" in out
     assert tables[0] == tables[1]
+    assert cards[0] == cards[1], "the checks are of the same outcomes"
     assert any("ra_worst" in line for line in tables[0])
+
+
+def test_repeated_evaluation_attacks_nothing_and_says_the_same(
+    checkpoint: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = []
+    for _ in range(2):
+        assert evaluate.run([str(checkpoint), *FAST, "corruptions=true"]) == 0
+        outs.append(capsys.readouterr().out)
+    first, second = (re.search(r"reused ([\d,]+) of ([\d,]+) outcomes", out) for out in outs)
+    assert first is not None
+    assert second is not None
+    assert first[1] == "0"
+    assert second[1] == second[2] == first[2]
+    assert table(outs[0]) == table(outs[1])
+    assert "verdict: " in outs[1]
+    assert "corruption/mean" in outs[1]
+    assert re.search(r"ra_pgd2 +│ +24 │ +0 │ +[\d.]+ │ +[\d.]+", outs[0]), "seconds and images/s"
+    (run,) = children(at_home)
+    assert run.data.tags["verdict"] in ("reliable", "unreliable", "implausible")
+    assert "verdict_why" in run.data.tags
+    assert {"check/logits", "time/ra_pgd2", "pace/ra_pgd2"} <= run.data.metrics.keys()
+    files = {file.path for file in client(at_home).list_artifacts(run.info.run_id)}
+    assert {"card.md", "claim.json", "plots", "config.json"} <= files
+
+
+def client(home: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{home}/mlflow.db")
+
+
+def children(home: Path) -> list[Any]:
+    experiment = client(home).get_experiment_by_name("robust-moe")
+    return list(client(home).search_runs([experiment.experiment_id]))
+
+
+def test_evaluation_killed_half_way_costs_only_the_other_half(
+    checkpoint: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real process, SIGKILL, and the same command again."""
+    command = [
+        str(checkpoint),
+        "measure=sa,ra_pgd,ra_forced_apgd",
+        "batch=2",
+        "evaluation.steps=60",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.evaluate", *command],
+        cwd=at_home,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    outcomes = at_home / "runs" / "robust-moe" / "outcomes"
+    deadline = time.monotonic() + 300
+    while len(list(outcomes.rglob("*.parquet"))) < 14 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert evaluate.run(command) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"reused ([\d,]+) of ([\d,]+) outcomes", out)
+    assert found is not None
+    assert 2 * 14 <= int(found[1]) < int(found[2]) == 3 * 24
+    assert evaluate.run([*command, "reuse=false"]) == 0
+    assert table(capsys.readouterr().out) == table(out)
+
+
+def test_cascade_gives_the_worst_case_alone(
+    checkpoint: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = []
+    for cascade in ("false", "true"):
+        command = [str(checkpoint), "measure=sa,ra_pgd,ra_forced,ra_noise", "reuse=false"]
+        assert evaluate.run([*command, f"cascade={cascade}"]) == 0
+        outs.append(table(capsys.readouterr().out))
+    rows = [{line.split()[0]: line for line in out} for out in outs]
+    assert rows[0]["test/ra_worst"] == rows[1]["test/ra_worst"]
+    assert "test/ra_noise" not in rows[1]
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    for options in ({"tier": "full"}, {"measure": "ra_square"}):
+        with pytest.raises(ValueError, match="needs the package pyautoattack: pip install"):
+            evaluate.read_plan(options)
+    standard = evaluate.read_plan({"tier": "standard"}).tier.measures
+    assert "ra_square" not in standard
+    assert "ra_apgd_t" in standard

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,14 +23,16 @@ from moe.routing import Routing
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.data.loading import Images, to_float
 from pipeline.losses import cross_entropy_per_image, margin_per_image
-from pipeline.measures import Evaluation, Measure
+from pipeline.measures import PACKAGED, Evaluation, Measure
 from pipeline.measures.attacked import Attacked, break_images, is_correct
+from pipeline.measures.checks import Evidence, exceeds
 from pipeline.measures.clean import Clean
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.judging import judge
-from pipeline.measures.probes import Plain, Planted, contrasts, facts, over_eps, plain, separate
+from pipeline.measures.probes import Plain, Planted, contrasts, facts, over_eps, separate
 from pipeline.measures.references import REFERENCES, reference
-from pipeline.measures.sanity import CHECKS, Evidence, Verdict, decide, exceeds
+from pipeline.measures.sanity import CHECKS, Verdict, decide
+from pipeline.measures.tiers import TIERS, measures_of
 from pipeline.measures.white_box import WhiteBox
 from pipeline.seeding import ImageNoise
 from tests import analytic
@@ -126,6 +129,10 @@ def images() -> Images:
 
 
 # Attacks
+
+
+def plain(attack: PGD) -> Measure:
+    return WhiteBox(attack=attack)
 
 
 @dataclass(frozen=True)
@@ -345,6 +352,24 @@ def test_verdict_says_which_number_flatters_and_which_attack_shows_it() -> None:
     text = decide(evidence(analytic.route_flip(), split, threat=threat, more=more)).text
     assert text.startswith("unreliable: gap: ra_pgd20 100.0% is 100.0 points above the worst case")
     assert "quote ra_worst; broken by ra_forced (32 images)" in text
+
+
+def test_standard_tier_finds_nothing_standing_where_plain_pgd_finds_all() -> None:
+    """The mixture whose true robust accuracy is 0, under the attacks of the tier, small."""
+    threat = Evaluation(eps=0.1, step_size=0.025, steps=20)
+    names = [
+        n for n in TIERS["standard"].measures if n not in PACKAGED or find_spec("pyautoattack")
+    ]
+    split, model = analytic.route_flip_images(8), analytic.route_flip()
+    more = measures_of(names, threat, num_experts=2)
+    seen = evidence(model, split, threat=threat, more=more)
+    assert seen.correct["ra_pgd20"].all()
+    assert seen.correct["ra_apgd"].all()
+    assert seen.worst_N is not None
+    assert not seen.worst_N.any()
+    verdict = decide(seen)
+    assert verdict.status == "unreliable"
+    assert "ra_pgd20 alone flatters this model, quote ra_worst" in verdict.why
 
 
 # The pieces
