@@ -101,21 +101,24 @@ def train_alone(config: Config, fresh: bool, follower: Follower, tags: Mapping[s
         f"{config.name}: {len(splits.train)} training, {len(splits.validation)} validation, "
         f"{len(splits.test)} test images; {config.workers} worker(s); run folder {shown(folder)}"
     )
-    tracker = Tracker.open(
+    own = {
+        "fingerprint": config.fingerprint,
+        "dataset_sha256": splits.sha256,
+        "run_folder": str(folder),
+    }
+    return follow(config, folder, open_run(config, folder, {**own, **tags}), follower)
+
+
+def open_run(config: Config, folder: Path, tags: Mapping[str, str]) -> Tracker:
+    """Begin or continue the MLflow run of a folder, with the config as its parameters."""
+    return Tracker.open(
         folder,
         tracking_uri=config.tracking_uri,
         experiment=config.experiment,
         name=config.name,
         params={key: str(value) for key, value in flatten(config).items()},
-        tags={
-            "commit": commit(),
-            "fingerprint": config.fingerprint,
-            "dataset_sha256": splits.sha256,
-            "run_folder": str(folder),
-            **tags,
-        },
+        tags={"commit": commit(), **tags},
     )
-    return follow(config, folder, tracker, follower)
 
 
 def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -> int:
