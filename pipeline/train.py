@@ -236,16 +236,19 @@ def delivering(mailbox: Any, handle: Any) -> Iterator[None]:
     over = threading.Event()
 
     def deliver() -> None:
-        while True:
-            last = over.is_set()
+        asked, last = None, False
+        while not (last and asked is None):
+            if asked is None:
+                last, asked = over.is_set(), mailbox.take.remote()
             try:
-                events = ray.get(mailbox.take.remote(), timeout=30)
+                events = ray.get(asked, timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue  # a machine with too much to do; to ask anew would lose this answer
             except Exception:
                 return  # the cluster is gone, and the run ends with the error that says why
+            asked = None
             for event in events:
                 handle(event)
-            if last:
-                return
             over.wait(POLL)
 
     thread = threading.Thread(target=deliver, daemon=True)
@@ -254,7 +257,7 @@ def delivering(mailbox: Any, handle: Any) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(timeout=40)
+        thread.join(timeout=300)
 
 
 @contextmanager
