@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -166,18 +166,6 @@ def results_table(title: str, metrics: Mapping[str, float]) -> Table:
     return table
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Lay out rows as text for a terminal or a log: so many columns to the left, numbers right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if place < left else text.rjust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def efforts_table(jobs: Mapping[str, Mapping[str, Effort]]) -> Table:
     """Lay out seconds and pace: a line for each attack of the table, one for each other job."""
     table = Table(show_edge=False)
@@ -217,3 +205,15 @@ def span(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def aligned(rows: list[tuple[str, ...]], left: int = 1) -> str:
+    """Lay out rows as text for a terminal or a log: so many columns to the left, numbers right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if place < left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

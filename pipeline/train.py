@@ -81,10 +81,10 @@ def train(
     with owned(folder, follower.say) as free:
         if not free:
             return fail(f"another process is at {config.name} in {shown(folder)}", 1)
-        return train_alone(config, fresh, follower, dict(tags or {}))
+        return train_alone(config, fresh, follower, tags or {})
 
 
-def train_alone(config: Config, fresh: bool, follower: Follower, tags: dict[str, str]) -> int:
+def train_alone(config: Config, fresh: bool, follower: Follower, tags: Mapping[str, str]) -> int:
     """Train in a run folder that nobody else uses; returns the exit code."""
     folder = run_folder(config)
     if fresh and (old := set_aside(folder)):
@@ -106,7 +106,7 @@ def train_alone(config: Config, fresh: bool, follower: Follower, tags: dict[str,
         "dataset_sha256": splits.sha256,
         "run_folder": str(folder),
     }
-    return follow(config, folder, open_run(config, folder, own | tags), follower)
+    return follow(config, folder, open_run(config, folder, {**own, **tags}), follower)
 
 
 def open_run(config: Config, folder: Path, tags: Mapping[str, str]) -> Tracker:
@@ -241,16 +241,19 @@ def delivering(mailbox: Any, handle: Any) -> Iterator[None]:
     over = threading.Event()
 
     def deliver() -> None:
-        while True:
-            last = over.is_set()
+        asked, last = None, False
+        while not (last and asked is None):
+            if asked is None:
+                last, asked = over.is_set(), mailbox.take.remote()
             try:
-                events = ray.get(mailbox.take.remote(), timeout=30)
+                events = ray.get(asked, timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue  # a machine with too much to do; to ask anew would lose this answer
             except Exception:
                 return  # the cluster is gone, and the run ends with the error that says why
+            asked = None
             for event in events:
                 handle(event)
-            if last:
-                return
             over.wait(POLL)
 
     thread = threading.Thread(target=deliver, daemon=True)
@@ -259,7 +262,7 @@ def delivering(mailbox: Any, handle: Any) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(timeout=40)
+        thread.join(timeout=300)
 
 
 @contextmanager

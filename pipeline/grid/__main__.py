@@ -141,7 +141,9 @@ def outcome(book: Book) -> str:
 
 def show_costs(request: Request, console: Console) -> None:
     """Print the cells and what one image costs each, without Ray and data."""
-    rows = [("cell", "px", "GMAC", "of it router", "parameters", "dense GMAC", "over dense")]
+    rows: list[tuple[str, ...]] = [
+        ("cell", "px", "GMAC", "of it router", "parameters", "dense GMAC", "over dense")
+    ]
     for config in dict.fromkeys(replace(config, seed=0) for config in request.configs):
         own, dense = costs(config)
         rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,19 @@ class Row:
     def settings(self) -> dict[str, str]:
         """What its runs share."""
         return self.runs[0].settings
+
+    @property
+    def doubts(self) -> list[str]:
+        """What the sanity checks of its evaluations say against its numbers."""
+        judged = [
+            run.tags for run in self.runs if run.tags.get("verdict", "reliable") != "reliable"
+        ]
+        counts = Counter(tags["verdict"] for tags in judged)
+        why = "; ".join(sorted({tags.get("verdict_why", "") for tags in judged} - {""}))
+        return [
+            f"{count} of {len(self.runs)} run(s) judged {verdict}" + (f" ({why})" if why else "")
+            for verdict, count in counts.items()
+        ]
 
     def share(self, metric: str) -> Estimate | None:
         """Average a share; None unless every run has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
         ValueError: There is no such database or experiment, or no run has such a setting.
         ConnectionError: The server does not answer.
     """
-    found = Found([])
+    found, full = Found([]), dict[str, Run]()
     for record in fetch(resolve_uri(tracking_uri), experiment):
         run = Run(
             record.info.run_id,
@@ -65,6 +65,10 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
         )
         if reason := reason_against(run, record.info.status):
             found.left_out[reason] += 1
+            if is_full_evaluation(run, record.info.status):
+                full[run.tags[EVALUATED]] = max(
+                    run, full.get(run.tags[EVALUATED], run), key=lambda run: run.ended
+                )
         else:
             found.runs.append(run)
     known = {key for run in found.runs for key in run.params}
@@ -74,7 +78,7 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
     chosen = [run for run in found.runs if all(fits(run, k, v) for k, v in wanted.items())]
     if less := len(found.runs) - len(chosen):
         found.left_out["not asked for"] += less
-    found.runs = newest(chosen)
+    found.runs = [with_auto_attack(run, full) for run in newest(chosen)]
     if less := len(chosen) - len(found.runs):
         found.left_out["older runs of the same settings and seed"] += less
     return found
@@ -113,6 +117,22 @@ def reason_against(run: Run, status: str) -> str:
     if "test/sa" not in run.metrics:
         return "without results on the test split"
     return ""
+
+
+def is_full_evaluation(run: Run, status: str) -> bool:
+    """Tell whether a run attacked all test images of another with AutoAttack."""
+    whole = run.tags.get("tier") == "full" and status == "FINISHED"
+    return EVALUATED in run.tags and whole and "test/ra_aa" in run.metrics
+
+
+def with_auto_attack(run: Run, full: Mapping[str, Run]) -> Run:
+    """Add what a later evaluation under the same threat found by AutoAttack, which takes hours."""
+    later = full.get(run.run_id)
+    threat = ("evaluation.eps", "evaluation.norm", "dataset.test_images")
+    if later is None or any(later.params.get(key) != run.params.get(key) for key in threat):
+        return run
+    added = {k: v for k, v in later.metrics.items() if k.startswith("test/ra_aa")}
+    return replace(run, metrics={**added, **run.metrics})
 
 
 def fits(run: Run, key: str, values: str) -> bool:

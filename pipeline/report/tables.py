@@ -19,12 +19,12 @@ FOOT = {
 MARK = {SEEDS: "s", IMAGES: "i", BOTH: "m"}
 
 
-def header(block: Block) -> list[str]:
+def header(block: Block) -> tuple[str, ...]:
     """Name the columns of a block."""
     ra = f"RA (PGD-{block.ra.removeprefix('test/ra_pgd')})"
     names = ["algorithm", "n", "SA", ra, "RA worst"]
     names += ["RA-AA"] if has_auto_attack(block) else []
-    return [*names, "GMAC", "params", "images/s", f"{ra} - Dense", "RA worst - Dense"]
+    return (*names, "GMAC", "params", "images/s", f"{ra} - Dense", "RA worst - Dense")
 
 
 def has_auto_attack(block: Block) -> bool:
@@ -32,21 +32,21 @@ def has_auto_attack(block: Block) -> bool:
     return any(row.share("test/ra_aa") for row in block.rows)
 
 
-def cells(block: Block, row: Row) -> list[str]:
+def cells(block: Block, row: Row) -> tuple[str, ...]:
     """Write a row: percent, with the standard deviation over seeds where there are several."""
     shares = ["test/sa", block.ra, "test/ra_worst"]
     shares += ["test/ra_aa"] if has_auto_attack(block) else []
     gmac, params = row.mean("cost/gmac"), row.mean("cost/params")
     pace = row.mean("cost/images_per_second")
-    return [
-        row.title + ("*" if row.note else ""),
+    return (
+        row.title + ("*" if row.note else "") + ("†" if row.doubts else ""),
         str(len(row.runs)),
         *(percent(row.share(name)) for name in shares),
         "" if gmac is None else f"{gmac:.4f}",
         "" if params is None else f"{params / 1e6:.2f} M",
         "" if pace is None else f"{pace:.0f}",
         *(points(row.gain(name)) for name in (block.ra, "test/ra_worst")),
-    ]
+    )
 
 
 def percent(share: Estimate | None) -> str:
@@ -82,10 +82,9 @@ def foot(blocks: Sequence[Block], left_out: Mapping[str, int]) -> list[str]:
     lines += [FOOT[over] for over in FOOT if over in used]
     for block in blocks:
         for row in block.rows:
-            if row.note:
-                lines.append(
-                    f"* {block.title}, {row.title}: compared with a dense net with {row.note}"
-                )
+            who = f"{block.title}, {row.title}"
+            lines += [f"* {who}: compared with a dense net with {row.note}."] if row.note else []
+            lines += [f"† {who}: {text}." for text in row.doubts]
     for name in dict.fromkeys(block.title for block in blocks if block.apart):
         same = [block.apart for block in blocks if block.title == name]
         lines.append(f"{name} stands {len(same)} times, not averaged: {'; '.join(same)}.")
@@ -129,7 +128,7 @@ def write_csv(blocks: Sequence[Block], path: Path) -> None:
     ]
     names = ["backbone", "dataset", "conditions", "algorithm", "n", "seeds"]
     names += [f"{name}_{end}" for name in shares for end in ends]
-    names += ["gmac", "params", "images_per_second", *gains, "note", "runs"]
+    names += ["gmac", "params", "images_per_second", *gains, "note", "doubts", "runs"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(names)
@@ -147,4 +146,5 @@ def write_csv(blocks: Sequence[Block], path: Path) -> None:
                     line += (
                         [""] * 4 if gain is None else [gain.value, gain.low, gain.high, gain.over]
                     )
-                writer.writerow([*line, row.note, " ".join(run.run_id for run in row.runs)])
+                doubts = "; ".join(row.doubts)
+                writer.writerow([*line, row.note, doubts, " ".join(run.run_id for run in row.runs)])

@@ -200,6 +200,40 @@ def test_rows_of_other_settings_say_in_what_they_differ(server: Server) -> None:
     assert {row.note for row in block.rows[1:]} == {"epochs 20 there, 16 here"}
 
 
+def test_later_full_evaluation_gives_the_accuracy_under_autoattack(server: Server) -> None:
+    where = server.experiment("later")
+    run_id = server.add(where, "dense", hits(500, 300, 290))
+    child = {EVALUATED: run_id, "tier": "full"}
+    server.add(where, "dense", hits(1, 2, 3) | {"ra_aa": 270}, tags=child)
+    server.add(where, "dense", {"ra_aa": 1}, tags=child | {"tier": "standard"})
+    (found,) = find(server.uri, "later", {}).runs
+    assert found.metrics["test/ra_aa"] == 0.27
+    assert found.metrics["test/ra_worst"] == 0.29
+
+
+def test_evaluation_at_another_radius_gives_nothing(server: Server) -> None:
+    where = server.experiment("radius")
+    run_id = server.add(where, "dense", hits(500, 300, 290))
+    child = {EVALUATED: run_id, "tier": "full"}
+    server.add(where, "dense", {"ra_aa": 270}, tags=child, evaluation__eps=4 / 255)
+    (found,) = find(server.uri, "radius", {}).runs
+    assert "test/ra_aa" not in found.metrics
+
+
+def test_numbers_that_the_checks_do_not_stand_behind_are_marked(
+    server: Server, tmp_path: Path, capsys: Any
+) -> None:
+    where = server.experiment("doubts")
+    doubt = {"verdict": "unreliable", "verdict_why": "Square wins"}
+    server.add(where, "dense", hits(500, 300, 290), tags={"verdict": "reliable"})
+    server.add(where, "adv_moe", hits(500, 300, 290), tags=doubt)
+    run(["doubts", f"tracking_uri={server.uri}", f"out={tmp_path}"])
+    out = capsys.readouterr().out
+    assert "AdvMoE†" in out
+    assert "AT (Dense)†" not in out
+    assert "AdvMoE: 1 of 1 run(s) judged unreliable (Square wins)." in out
+
+
 def test_of_equal_settings_and_seed_the_newest_run_counts(server: Server) -> None:
     where = server.experiment("again")
     server.add(where, "dense", hits(500, 300, 290))

@@ -242,3 +242,33 @@ def same_to_the_bit(ours: dict[str, object], theirs: dict[str, object]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.equal(theirs[name]), name  # type: ignore[attr-defined]
+
+
+def test_events_survive_a_mailbox_that_answers_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with too much to do an answer outlives the driver's patience."""
+    import ray
+
+    answers = [ray.exceptions.GetTimeoutError(), [{"kind": "finished"}], []]
+    asked: list[int] = []
+
+    class Mailbox:
+        class take:  # noqa: N801
+            @staticmethod
+            def remote() -> int:
+                asked.append(len(asked))
+                return asked[-1]
+
+    def get(reference: int, timeout: float) -> list[dict[str, str]]:
+        answer = answers.pop(0) if answers else []
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    handled: list[dict[str, str]] = []
+    with train.delivering(Mailbox, handled.append):
+        while not handled:
+            time.sleep(0.01)
+    assert handled == [{"kind": "finished"}]
+    assert asked == list(range(len(asked)))
+    assert not answers
