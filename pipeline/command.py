@@ -10,6 +10,7 @@ from typing import NoReturn
 
 ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set stays
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # in a job, what the driver passes on is added to its own
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

@@ -18,16 +18,16 @@ ORDER = (
     ("algorithms",),
     ("measures",),
     ("config",),
-    ("presets", "optim", "checkpoint", "plots", "journal", "command"),
+    ("presets", "optim", "checkpoint", "plots", "journal", "command", "reach"),
     ("tracking", "final", "console"),
     ("loop", "masked"),
-    ("worker",),
+    ("worker", "preflight"),
     ("train", "data_tool", "report"),
-    ("evaluate", "tune", "grid", "export", "bench", "doctor"),
+    ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "evaluate", "tune", "grid", "data.streaming"},
+    "ray": {"worker", "train", "evaluate", "tune", "grid", "data.streaming", "preflight"},
     "mlflow": {"tracking", "report"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
