@@ -132,7 +132,11 @@ def authentication(address: str) -> Finding:
         mend = "RAY_AUTH_TOKEN_PATH=FILE, or ray get-auth-token --generate where the head starts"
     elif address and not mode:
         mend = "say RAY_AUTH_MODE=token, on the head and here: unset, Ray may send no token"
-    elif address and mode == "disabled" and not is_loopback(f"//{address}"):
+    elif (
+        address
+        and mode == "disabled"
+        and not is_loopback(address if "//" in address else f"//{address}")
+    ):
         mend = "RAY_AUTH_MODE=token: whoever reaches the head can run code there"
     return Finding("authentication", told, mend)
 

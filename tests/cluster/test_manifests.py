@@ -19,7 +19,7 @@ from pipeline.command import read_arguments
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 FILES = sorted(path for path in CLUSTER.iterdir() if path.is_file())
-TEXTS = [*FILES, ROOT / ".rayignore"]
+TEXTS = [*FILES, ROOT / ".rayignore", ROOT / "SECURITY.md"]
 MANIFESTS = [path for path in FILES if path.suffix == ".yaml"]
 LAUNCHER = ("ray-cluster.yaml", "ray-on-prem.yaml")
 SAID = {  # variables that the manifests may ask for: ours, Ray's, MLflow's, of the servers
@@ -135,6 +135,17 @@ def test_images_run_as_a_user_without_rights_and_want_a_token() -> None:
     assert not any("pip install" in line for line in lines[:first])
     assert any("RAY_AUTH_MODE=token" in line for line in lines)
     assert any("MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false" in line for line in lines)
+
+
+def test_no_image_takes_a_secret_or_data_along() -> None:
+    """Files with passwords lie beside compose.yaml: neither copied, nor even in the context."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    sources = re.findall(r"^COPY --chown=robust (.+)", text, re.MULTILINE)
+    assert sources
+    assert not {"cluster", "."} & {word for line in sources for word in line.split()[:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", "data", "runs", "**/.env", "**/secrets"} <= set(ignored)
+    assert {".env", "/cluster/secrets/"} <= set((ROOT / ".gitignore").read_text().split())
 
 
 # Compose -----------------------------------------------------------------------------------------
