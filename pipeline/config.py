@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -159,6 +160,12 @@ class Config:
             value = getattr(self, key)
             if not value or value.startswith(".") or set(value) & set("/\\\0"):
                 raise ValueError(f"{key} must be a plain name without / and \\, got {value!r}")
+        if re.search(r"://[^/@]*:[^/@]*@", self.tracking_uri):
+            raise ValueError(
+                "tracking_uri must hold no password: it is kept with every checkpoint and shown in "
+                "MLflow; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or put the "
+                "whole URI into MLFLOW_TRACKING_URI"
+            )
         if isinstance(self.algorithm, AdvMoE) and self.backbone.num_experts < 2:
             raise ValueError(
                 "backbone.num_experts must be at least 2 for algorithm=adv_moe, got "

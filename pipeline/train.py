@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pipeline.command import ENVIRONMENT, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.preflight import capacity, preflight
 from pipeline.presets import PRESETS, headline, label
 from pipeline.tracking import Tracker, send_rest
 
@@ -154,7 +155,6 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -169,7 +169,7 @@ def fit_on_ray(
         follower.handle(event)
 
     with ray_cluster(config):
-        gpus = ray.cluster_resources().get("GPU", 0) >= config.workers
+        gpus = capacity().get("GPU", 0) >= config.workers
         mailbox = Mailbox.remote()  # type: ignore[attr-defined]
         trainer = TorchTrainer(
             work,
@@ -194,11 +194,11 @@ def fit_on_ray(
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[None]:
+def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS``, or start a Ray of our own that ends with the block.
 
     Raises:
-        ValueError: The cluster has fewer CPUs than the run has workers.
+        ValueError: The run cannot work there, says ``check``.
     """
     import ray
 
@@ -219,10 +219,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
         **({"include_dashboard": False} if address == "local" else {}),
     )
     try:
-        if (cpus := ray.cluster_resources().get("CPU", 0)) < config.workers:
-            raise ValueError(
-                f"workers must be at most the cluster's {cpus:.0f} CPUs, got {config.workers}"
-            )
+        check(config)
         yield
     finally:
         ray.shutdown()
@@ -337,7 +334,7 @@ def commit() -> str:
         )
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("ROBUST_MOE_COMMIT", "unknown")  # told by pipeline.submit
 
 
 if __name__ == "__main__":

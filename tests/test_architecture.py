@@ -29,18 +29,19 @@ ORDER = (
         "journal",
         "command",
         "ledger",
+        "reach",
     ),
     ("tracking", "console", "places", "examine", "card", "portrait"),
     ("final",),
     ("loop", "masked"),
-    ("worker",),
+    ("worker", "preflight"),
     ("train", "data_tool", "report"),
     ("shards",),
-    ("evaluate", "tune", "grid", "export", "bench", "doctor"),
+    ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming"},
+    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming", "preflight"},
     "mlflow": {"tracking", "report"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}

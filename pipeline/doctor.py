@@ -1,0 +1,211 @@
+"""Say what would keep a run from working here: ``python -m pipeline.doctor [key=value ...]``."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.command import main, read_arguments
+from pipeline.config import Config, override
+from pipeline.preflight import Node, capacity, shortage, survey
+from pipeline.presets import PRESETS
+from pipeline.reach import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
+from pipeline.tracking import resolve_uri, without_password
+from pipeline.train import ray_cluster
+
+USAGE = """
+usage: python -m pipeline.doctor [PRESET] [key=value ...]
+
+Check what a run of these settings needs: versions, authentication, dashboard, MLflow, and, where
+Ray can be joined, resources, interpreter, storage and disk of every node. One line each, with the
+mend; exit code 1 if one fails. From a machine outside the cluster (RAY_ADDRESS=http://...) the
+nodes cannot be asked; send it there: cluster/submit.sh python -m pipeline.doctor
+"""
+LEAST = {"ray": (2, 60), "torch": (2, 11), "mlflow": (3, 17), "pyarrow": (1,), "safetensors": (0,)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what was found, and the mend if it is bad."""
+
+    name: str
+    text: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        mend = f"; mend: {self.mend}" if self.mend else ""
+        return f"{'FAIL' if self.mend else 'ok':<5} {self.name:<15} {self.text}{mend}"
+
+
+def run(argv: list[str]) -> int:
+    """Print the findings as they come; returns the exit code."""
+    given = read_arguments(argv, usage=USAGE)
+    name = given.names[0] if given.names else "quickstart"
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
+    config = override(PRESETS[name](), given.settings)
+    failed = 0
+    for finding in findings(config):
+        print(" ".join(str(finding).split("\n")), flush=True)
+        failed += bool(finding.mend)
+    return 1 if failed else 0
+
+
+def findings(config: Config) -> Iterator[Finding]:
+    """Look at one thing after the other; what cannot be asked from here is said to be so."""
+    yield versions()
+    address = os.environ.get("RAY_ADDRESS", "")
+    yield authentication(address)
+    yield tracking(config)
+    if urlsplit(address).scheme in ("http", "https"):
+        yield dashboard(address, look_at_dashboard(address))
+        yield Finding("nodes", "not asked from here: cluster/submit.sh python -m pipeline.doctor")
+        return
+    try:
+        with ray_cluster(config, check=lambda _: None):
+            yield Finding("ray", f"joined {address}" if address else "a local Ray starts")
+            yield from inside(config)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        mend = "compare RAY_ADDRESS, RAY_AUTH_MODE and the token with the head's"
+        yield Finding("ray", f"cannot be joined: {type(error).__name__}: {lines[0][:300]}", mend)
+
+
+def inside(config: Config) -> Iterator[Finding]:
+    """Look at what only a process of the cluster sees."""
+    from ray._private.worker import global_worker
+
+    if url := getattr(global_worker.node, "webui_url", ""):
+        yield dashboard(f"http://{url}", look_at_dashboard(f"http://{url}"))
+    has = capacity()
+    lack = shortage(config.workers, has)
+    mend = f"workers={int(has.get('CPU', 0))}, or more nodes" if lack else ""
+    gpus = f"{has.get('GPU', 0):.0f} GPU(s)"
+    found = f"{has.get('CPU', 0):.0f} CPU(s), {gpus} for workers={config.workers}"
+    yield Finding("resources", lack or found, mend)
+    nodes = survey(config.storage)
+    yield from storage(config, nodes)
+    yield interpreters(nodes)
+
+
+def versions() -> Finding:
+    """Look at the packages here; what the tests passed with stands in constraints.txt."""
+    pinned = Path(__file__).parents[1] / "constraints.txt"
+    tested = dict(
+        line.split("==") for line in (pinned.read_text().split() if pinned.exists() else ())
+    )
+    said, low = [f"python {platform.python_version()}"], []
+    for name, least in LEAST.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            low.append(name)
+            continue
+        same = tested.get(name) in (None, found)
+        said.append(f"{name} {found}" + ("" if same else f" (tested with {tested[name]})"))
+        if (
+            tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+            < least
+        ):
+            low.append(name)
+    mend = f"{', '.join(low)}: pip install -c constraints.txt -e ." if low else ""
+    if os.environ.get("RAY_TRAIN_V2_ENABLED", "1").lower() in ("0", "false"):
+        mend = "unset RAY_TRAIN_V2_ENABLED: training needs Ray Train V2"
+    return Finding("versions", ", ".join(said), mend)
+
+
+def authentication(address: str) -> Finding:
+    """Look at whether Ray's token will be sent, and which."""
+    mode, token = os.environ.get("RAY_AUTH_MODE", ""), ray_token()
+    told = f"RAY_AUTH_MODE={mode or '(unset)'}, {'a' if token else 'no'} token"
+    mend = ""
+    if mode not in ("", "token", "disabled", "k8s"):
+        mend = "RAY_AUTH_MODE is token or disabled"
+    elif mode == "token" and not token:
+        mend = "RAY_AUTH_TOKEN_PATH=FILE, or ray get-auth-token --generate where the head starts"
+    elif address and not mode:
+        mend = "say RAY_AUTH_MODE=token, on the head and here: unset, Ray may send no token"
+    elif (
+        address
+        and mode == "disabled"
+        and not is_loopback(address if "//" in address else f"//{address}")
+    ):
+        mend = "RAY_AUTH_MODE=token: whoever reaches the head can run code there"
+    return Finding("authentication", told, mend)
+
+
+def dashboard(url: str, found: Dashboard) -> Finding:
+    """Say what a dashboard lets in."""
+    closed = os.environ.get("RAY_AUTH_MODE") == "token"
+    mend = {
+        "ready": "",
+        "open": "start the head with RAY_AUTH_MODE=token" if closed or not is_loopback(url) else "",
+        "no token": "set RAY_AUTH_TOKEN_PATH to a file with the head's token (ray get-auth-token)",
+        "wrong token": "copy the head's token anew (there: ray get-auth-token)",
+        "away": "is the head running with ray[default], and the SSH tunnel open?",
+        "other": "RAY_ADDRESS must be Ray's dashboard, port 8265",
+    }[found.state]
+    return Finding("dashboard", f"{url}: {found.state}, {found.detail}", mend)
+
+
+def tracking(config: Config) -> Finding:
+    """Ask MLflow for an experiment, as the driver will; host header and password included."""
+    uri = resolve_uri(config.tracking_uri)
+    shown = without_password(uri)
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        usable = os.access(folder, os.W_OK)
+        return Finding("mlflow", shown, "" if usable else f"make {folder} a folder you may write")
+    if not uri.startswith("http"):
+        return Finding("mlflow", f"{shown}: a database or a service, not asked")
+    parts = urlsplit(uri)
+    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    headers = {"Content-Type": "application/json"}
+    if user:
+        pair = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers["Authorization"] = f"Basic {pair}"
+    path = f"{shown}/api/2.0/mlflow/experiments/search"
+    answer = ask(path, headers=headers, body=json.dumps({"max_results": 1}).encode(), wait=10)
+    host = parts.hostname or ""
+    mend = "is the server running, and its port reachable from here?"
+    if answer.status == 200:
+        mend = "" if answer.text.lstrip().startswith("{") else "this is not MLflow's API"
+    elif answer.status == 403 and "host" in answer.text.lower():
+        mend = f'start it with --allowed-hosts "{host}:*,localhost:*,127.0.0.1:*"'
+    elif answer.status in (401, 403):
+        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    said = f"status {answer.status}" if answer.status else "no answer"
+    detail = "" if answer.status == 200 else f" ({answer.text.strip()[:80]})"
+    return Finding("mlflow", f"{shown}: {said}{detail}", mend)
+
+
+def storage(config: Config, nodes: list[Node]) -> Iterator[Finding]:
+    """Say which nodes cannot use the run folders' folder, and whose disks are nearly full."""
+    bad = [f"{node.host}: {node.storage}" for node in nodes if node.storage]
+    mend = "storage= a folder that all nodes share, writable by their user" if bad else ""
+    seen = f"{Path(config.storage).expanduser().resolve()} from {len(nodes)} node(s)"
+    yield Finding("storage", "; ".join([seen, *bad]), mend)
+    low = [f"{node.host}: {node.disk}" for node in nodes if node.disk]
+    mend = "delete old run folders and Ray sessions (in /tmp/ray, or --temp-dir)" if low else ""
+    yield Finding("disk", "; ".join(low) or "room on every node", mend)
+
+
+def interpreters(nodes: list[Node]) -> Finding:
+    """Compare every node's ``python`` with this one: Ray needs equal versions."""
+    want = [platform.python_version(), f"ray {importlib.metadata.version('ray')}"]
+    said = sorted({node.python for node in nodes if node.python})
+    bad = [text for text in said if not all(word in text for word in want)]
+    mend = f"activate the environment ({', '.join(want)}) before ray start" if bad else ""
+    return Finding("interpreter", "; ".join(said) or "no node told", mend)
+
+
+if __name__ == "__main__":
+    main(run)
