@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Running:
     log: Path
     start: int  # of this attempt's lines in the log
     began: float
+    told: str = ""  # the last of its lines that was passed on
 
     def lines(self) -> list[str]:
         """Read what this attempt has said so far."""
@@ -71,8 +73,9 @@ def drive(book: Book, waiting: list[int], slots: int, *, address: str, say: Say)
                 spoke = time.monotonic()
             if time.monotonic() - spoke > EVERY:
                 for child in running:
-                    last = (child.lines() or ["starting"])[-1]
-                    say(f"    {book.entries[child.place].key}: {last}")
+                    if (last := (child.lines() or ["starting"])[-1]) != child.told:
+                        say(f"    {book.entries[child.place].key}: {last}")
+                    child.told = last
                 spoke = time.monotonic()
             time.sleep(POLL)
     except (KeyboardInterrupt, SystemExit):
@@ -103,8 +106,9 @@ def start(book: Book, place: int, address: str) -> Running:
     parent = book.tracker.run_id
     request = {"config": flatten(config), "tags": {PARENT: parent} if parent else {}}
     assert process.stdin is not None
-    process.stdin.write(json.dumps(request) + "\n")
-    process.stdin.flush()  # and kept open: its end tells the cell that the grid is gone
+    with suppress(BrokenPipeError):  # it died at once, which its exit code tells
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()  # and kept open: its end tells the cell that the grid is gone
     return Running(place, process, log, size, time.monotonic())
 
 
