@@ -107,13 +107,14 @@ def test_average_that_was_saved_goes_on_as_if_it_had_not_been(small: Network) ->
     again, resumed = copy.deepcopy(small), WeightAverage(0.9)
     again.load_state_dict(mean)  # as the loop does, from the checkpoint's model
     resumed.restore(copy.deepcopy(kept), again)
+    for name, weight in small.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), "the weights that train are back"
     for model, own in ((small, average), (again, resumed)):
         shaken(model, 7)
         own.follow(model)
     assert resumed.updates == average.updates == 4
     one, other = average.deployed(small).state_dict(), resumed.deployed(again).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert all(torch.equal(w, again.state_dict()[name]) for name, w in small.state_dict().items())
 
 
 def test_average_begins_anew_for_another_network(build: Callable[..., Network]) -> None:
