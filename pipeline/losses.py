@@ -61,11 +61,12 @@ def dlr_per_image(logits_BK: Tensor, y_B: Tensor) -> Tensor:
 def dlr_targeted_per_image(logits_BK: Tensor, y_B: Tensor, target_B: Tensor) -> Tensor:
     """``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, (B,), positive where t is ahead of y.
 
-    Croce and Hein, ICML 2020 (arXiv:2003.01690), eq. 7. Of three classes ``z_(3)`` stands in for
-    the missing ``z_(4)``; of two, the denominator is 1.
+    Croce and Hein, ICML 2020 (arXiv:2003.01690), eq. 7. With fewer than four classes it is the
+    numerator: a denominator of three logits makes the ratio -1 wherever t is last and y first,
+    and an attack stands still.
     """
     lead_B = (logits_BK.gather(1, target_B[:, None]) - logits_BK.gather(1, y_B[:, None])).squeeze(1)
-    if logits_BK.shape[1] < 3:
+    if logits_BK.shape[1] < 4:
         return lead_B
-    top = logits_BK.topk(min(4, logits_BK.shape[1])).values
-    return lead_B / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + TINY)
+    top_B4 = logits_BK.topk(4).values
+    return lead_B / (top_B4[:, 0] - (top_B4[:, 2] + top_B4[:, 3]) / 2 + TINY)

@@ -2,7 +2,7 @@
 
 In the manner of CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261), computed: its
 severities for these six kinds, but neither its files nor its image library, so numbers are close to
-those on its files and not comparable to the digit. Lengths grow with the image's side over 32.
+those on its files and not comparable to the digit. Lengths grow with the image's side beyond 32.
 
 Shapes: N images of a split, B of a batch, CHW channels and sides.
 """
@@ -38,7 +38,7 @@ def shot_noise(x_CHW: Tensor, photons: float, draws: Generator) -> Tensor:
 
 def gaussian_blur(x_CHW: Tensor, deviation: float, draws: Generator) -> Tensor:
     """Convolve with a normal density, cut at four deviations; edges are repeated."""
-    deviation = deviation * x_CHW.shape[-1] / 32
+    deviation = deviation * max(1, x_CHW.shape[-1] / 32)
     reach = max(1, math.ceil(4 * deviation))
     kernel_R = (-((torch.arange(-reach, reach + 1) / deviation) ** 2) / 2).exp()
     kernel_R = kernel_R / kernel_R.sum()
@@ -65,9 +65,17 @@ def contrast(x_CHW: Tensor, factor: float, draws: Generator) -> Tensor:
 def pixelate(x_CHW: Tensor, factor: float, draws: Generator) -> Tensor:
     """Average down to a share of the side, and back by repetition."""
     height, width = x_CHW.shape[1:]
-    small = (max(1, int(height * factor)), max(1, int(width * factor)))
-    few_1CHW = F.interpolate(x_CHW[None], size=small, mode="area")
-    return F.interpolate(few_1CHW, size=(height, width), mode="nearest-exact").squeeze(0)
+    rows, columns = max(1, int(height * factor)), max(1, int(width * factor))
+    few_CHW = _boxes(height, rows) @ x_CHW @ _boxes(width, columns).T
+    return F.interpolate(few_CHW[None], size=(height, width), mode="nearest-exact").squeeze(0)
+
+
+def _boxes(side: int, few: int) -> Tensor:
+    """Share of each of ``side`` pixels in the mean of each of ``few`` equal boxes, (few, side)."""
+    edges, pixels = torch.arange(few + 1) * (side / few), torch.arange(side)
+    ends = torch.minimum(edges[1:, None], pixels + 1)
+    overlap = ends - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * (few / side)
 
 
 Corruption = Callable[[Tensor, float, Generator], Tensor]
