@@ -231,7 +231,8 @@ def track(
     for name, text in found.verdict.tags.items():
         tracker.handle({"kind": "tag", "key": name, "value": text})
     tracker.handle({"kind": "artifacts", "folder": str(home)})
-    tracker.close("finished")
+    if not tracker.close("finished"):
+        follower.say("warning: MLflow does not have everything yet; the same command sends it")
     follower.say(f"run {tracker.run_id}; card and plots in {home}")
     follower.say(f"see it with: {tracker.ui_hint()}")
 

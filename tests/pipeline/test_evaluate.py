@@ -131,7 +131,7 @@ def test_repeated_evaluation_attacks_nothing_and_says_the_same(
     first, second = (re.search(r"reused ([\d,]+) of ([\d,]+) outcomes", out) for out in outs)
     assert first is not None
     assert second is not None
-    assert first[1] == "0"
+    assert int(first[1]) < int(first[2]), "the checks share an attack with the table"
     assert second[1] == second[2] == first[2]
     assert table(outs[0]) == table(outs[1])
     assert "verdict: " in outs[1]
