@@ -84,6 +84,14 @@ def shortage(workers: int, has: Mapping[str, float]) -> str:
     return ""
 
 
+def dashboard_url() -> str:
+    """Name the dashboard of the Ray that this process has joined; empty: there is none."""
+    from ray._private.worker import global_worker
+
+    found = getattr(global_worker.node, "webui_url", "")
+    return f"http://{found}" if found else ""
+
+
 def alive() -> list[dict[str, Any]]:
     """List the nodes that answer."""
     import ray
