@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Config
 
-PATIENCE = 90.0  # seconds that nodes have to answer; each starts a process for it
+PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
 LEAST_FREE = 0.06  # share of a disk: Ray stops making objects when 5% are left
 VERSIONS = (
     "import importlib.metadata as m, platform; "
@@ -126,16 +126,19 @@ def everywhere(task: Callable[[], Node]) -> list[Node]:
     hosts = {}
     for node in alive():
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        hosts[remote.options(scheduling_strategy=pinned).remote()] = node["NodeManagerAddress"]
+        hosts[remote.options(scheduling_strategy=pinned).remote()] = node
     ready, _ = ray.wait(list(hosts), num_returns=len(hosts), timeout=PATIENCE)
     found = []
-    for reference, host in hosts.items():
+    for reference, node in hosts.items():
+        host = node["NodeManagerAddress"]
         if reference not in ready:
             found.append(Node(host, storage=f"no answer in {PATIENCE:.0f} s"))
             continue
         try:
             found.append(ray.get(reference))
-        except Exception as error:  # the node died, or cannot import the project
+        except Exception as error:  # the node left, or cannot import the project
+            if node["NodeID"] not in {other["NodeID"] for other in alive()}:
+                continue
             reason = [line for line in str(error).splitlines() if line.strip()][-1:]
             found.append(Node(host, storage=f"cannot run a task: {' '.join(reason)}"))
     return found
