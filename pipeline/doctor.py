@@ -88,7 +88,11 @@ def inside(config: Config) -> Iterator[Finding]:
     gpus = f"{has.get('GPU', 0):.0f} GPU(s)"
     found = f"{has.get('CPU', 0):.0f} CPU(s), {gpus} for workers={config.workers}"
     yield Finding("resources", lack or found, mend)
-    nodes = survey(config.storage)
+    nodes = survey(config.storage, versions=True)
+    silent = [f"{node.host}: {node.silent}" for node in nodes if node.silent]
+    mend = "look at its raylet.log, and whether it is overloaded" if silent else ""
+    yield Finding("nodes", "; ".join(silent) or f"{len(nodes)} of {len(nodes)} answer", mend)
+    nodes = [node for node in nodes if not node.silent]
     yield from storage(config, nodes)
     yield interpreters(nodes)
 

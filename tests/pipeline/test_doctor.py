@@ -128,9 +128,8 @@ def head() -> Iterator[Head]:
 def test_good_cluster_has_a_line_for_everything_and_no_failure(head: Head) -> None:
     code, lines = head.doctor("workers=2", f"storage={head.folder}/runs")
     assert code == 0, lines
-    assert set(lines) == set(
-        "versions authentication mlflow ray dashboard resources storage disk interpreter".split()
-    )
+    asked = "versions authentication mlflow ray dashboard resources nodes storage disk interpreter"
+    assert set(lines) == set(asked.split())
     assert all(line.startswith("ok ") for line in lines.values())
     assert "from 1 node(s)" in lines["storage"]
     assert "ray 2." in lines["interpreter"], "what the head's own python says"
@@ -242,7 +241,7 @@ def test_folder_without_the_drivers_mark_is_another_folder(tmp_path: Path) -> No
 def test_storage_that_one_node_lacks_stops_the_run_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nodes = [preflight.Node("10.0.0.1"), preflight.Node("10.0.0.2", storage="does not see it")]
+    nodes = [preflight.Node("10.0.0.1", silent="no answer in 180 s")]
     monkeypatch.setattr(preflight, "capacity", lambda: {"CPU": 2.0})
     monkeypatch.setattr(preflight, "alive", lambda: [{}, {}])
     monkeypatch.setattr(preflight, "survey", lambda _: nodes)
