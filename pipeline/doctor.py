@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.command import main, read_arguments
 from pipeline.config import Config, override
-from pipeline.preflight import Node, capacity, shortage, survey
+from pipeline.preflight import Node, capacity, dashboard_url, shortage, survey
 from pipeline.presets import PRESETS
 from pipeline.reach import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
 from pipeline.tracking import resolve_uri, without_password
@@ -80,17 +80,19 @@ def findings(config: Config) -> Iterator[Finding]:
 
 def inside(config: Config) -> Iterator[Finding]:
     """Look at what only a process of the cluster sees."""
-    from ray._private.worker import global_worker
-
-    if url := getattr(global_worker.node, "webui_url", ""):
-        yield dashboard(f"http://{url}", look_at_dashboard(f"http://{url}"))
+    if url := dashboard_url():
+        yield dashboard(url, look_at_dashboard(url))
     has = capacity()
     lack = shortage(config.workers, has)
     mend = f"workers={int(has.get('CPU', 0))}, or more nodes" if lack else ""
     gpus = f"{has.get('GPU', 0):.0f} GPU(s)"
     found = f"{has.get('CPU', 0):.0f} CPU(s), {gpus} for workers={config.workers}"
     yield Finding("resources", lack or found, mend)
-    nodes = survey(config.storage)
+    nodes = survey(config.storage, versions=True)
+    silent = [f"{node.host}: {node.silent}" for node in nodes if node.silent]
+    mend = "look at its raylet.log, and whether it is overloaded" if silent else ""
+    yield Finding("nodes", "; ".join(silent) or f"{len(nodes)} of {len(nodes)} answer", mend)
+    nodes = [node for node in nodes if not node.silent]
     yield from storage(config, nodes)
     yield interpreters(nodes)
 

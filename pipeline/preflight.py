@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Config
 
-PATIENCE = 90.0  # seconds that nodes have to answer; each starts a process for it
+PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
 LEAST_FREE = 0.06  # share of a disk: Ray stops making objects when 5% are left
 VERSIONS = (
     "import importlib.metadata as m, platform; "
@@ -28,12 +28,14 @@ class Node:
 
     Attributes:
         host: Its address.
+        silent: Why it says nothing: then the rest is empty.
         storage: Why the run folders' folder cannot be used from there.
         disk: Which disk is nearly full.
         python: Its version, and those of ray and torch of the ``python`` in its PATH.
     """
 
     host: str
+    silent: str = ""
     storage: str = ""
     disk: str = ""
     python: str = ""
@@ -41,6 +43,8 @@ class Node:
 
 def preflight(config: Config) -> None:
     """Check resources, and storage from every node, of the Ray that this process has joined.
+
+    A node that does not answer in time does not speak against the run: it may only be busy.
 
     Raises:
         ValueError: A run cannot work here; the message names what, where and the mend.
@@ -84,6 +88,14 @@ def shortage(workers: int, has: Mapping[str, float]) -> str:
     return ""
 
 
+def dashboard_url() -> str:
+    """Name the dashboard of the Ray that this process has joined; empty: there is none."""
+    from ray._private.worker import global_worker
+
+    found = getattr(global_worker.node, "webui_url", "")
+    return f"http://{found}" if found else ""
+
+
 def alive() -> list[dict[str, Any]]:
     """List the nodes that answer."""
     import ray
@@ -91,8 +103,8 @@ def alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def survey(storage: str) -> list[Node]:
-    """Let every node look at the storage, its disk and its interpreter; this one too.
+def survey(storage: str, *, versions: bool = False) -> list[Node]:
+    """Let every node look at the storage and its disk; this one too, and ask for versions or not.
 
     A mark that this process writes tells a shared folder from another one of the same name.
     """
@@ -104,7 +116,7 @@ def survey(storage: str) -> list[Node]:
     except OSError as error:
         return [Node("here", storage=f"cannot be written: {error.strerror}", disk=full(folder))]
     try:
-        return everywhere(lambda: look(str(folder), mark))
+        return everywhere(lambda: look(str(folder), mark, versions))
     finally:
         (folder / mark).unlink(missing_ok=True)
 
@@ -118,22 +130,25 @@ def everywhere(task: Callable[[], Node]) -> list[Node]:
     hosts = {}
     for node in alive():
         pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        hosts[remote.options(scheduling_strategy=pinned).remote()] = node["NodeManagerAddress"]
+        hosts[remote.options(scheduling_strategy=pinned).remote()] = node
     ready, _ = ray.wait(list(hosts), num_returns=len(hosts), timeout=PATIENCE)
     found = []
-    for reference, host in hosts.items():
+    for reference, node in hosts.items():
+        host = node["NodeManagerAddress"]
         if reference not in ready:
-            found.append(Node(host, storage=f"no answer in {PATIENCE:.0f} s"))
+            found.append(Node(host, silent=f"no answer in {PATIENCE:.0f} s"))
             continue
         try:
             found.append(ray.get(reference))
-        except Exception as error:  # the node died, or cannot import the project
+        except Exception as error:  # the node left, or cannot import the project
+            if node["NodeID"] not in {other["NodeID"] for other in alive()}:
+                continue
             reason = [line for line in str(error).splitlines() if line.strip()][-1:]
-            found.append(Node(host, storage=f"cannot run a task: {' '.join(reason)}"))
+            found.append(Node(host, silent=f"cannot run a task: {' '.join(reason)}"))
     return found
 
 
-def look(folder: str, mark: str) -> Node:
+def look(folder: str, mark: str, versions: bool) -> Node:
     """Look around on the node where this runs."""
     import ray
 
@@ -141,7 +156,7 @@ def look(folder: str, mark: str) -> Node:
         host=ray.util.get_node_ip_address(),
         storage=usable(Path(folder), mark),
         disk=" and ".join(filter(None, map(full, disks(Path(folder))))),
-        python=interpreter(),
+        python=interpreter() if versions else "",
     )
 
 
@@ -179,8 +194,11 @@ def interpreter() -> str:
     """Ask the ``python`` of this node's PATH, which runs what is submitted, for its versions."""
     if not (python := shutil.which("python")):
         return "no python in its PATH"
-    found = subprocess.run(
-        [python, "-c", VERSIONS], capture_output=True, text=True, check=False, timeout=60
-    )
+    try:
+        found = subprocess.run(
+            [python, "-c", VERSIONS], capture_output=True, text=True, check=False, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return f"{python}: no answer in 60 s"
     lines = (found.stdout if found.returncode == 0 else found.stderr).strip().splitlines()
     return f"{python}: {lines[-1] if lines else f'exit code {found.returncode}'}"

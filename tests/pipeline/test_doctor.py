@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline import doctor, preflight
@@ -34,21 +34,28 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def end(process: subprocess.Popen[str], mark: str = "\0") -> None:
+def end(process: subprocess.Popen[str], mark: str | None = None) -> None:
     """End a process with all below it, and those whose command line bears the mark."""
-    victims = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    for other in psutil.process_iter(["cmdline"]):
-        if any(mark in word for word in other.info["cmdline"] or ()):
-            victims.append(other)
+    rows = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    parent = {int(row.split()[0]): int(row.split()[1]) for row in rows}
+    victims = {int(row.split()[0]) for row in rows if mark and mark in row}
+    for child in parent:
+        above = child
+        while above in parent and above != process.pid:
+            above = parent[above]
+        if above == process.pid:
+            victims.add(child)
     process.terminate()
     try:
         process.wait(timeout=20)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    for victim in victims - {process.pid, os.getpid()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
 
 
 class Head:
@@ -121,9 +128,8 @@ def head() -> Iterator[Head]:
 def test_good_cluster_has_a_line_for_everything_and_no_failure(head: Head) -> None:
     code, lines = head.doctor("workers=2", f"storage={head.folder}/runs")
     assert code == 0, lines
-    assert set(lines) == set(
-        "versions authentication mlflow ray dashboard resources storage disk interpreter".split()
-    )
+    asked = "versions authentication mlflow ray dashboard resources nodes storage disk interpreter"
+    assert set(lines) == set(asked.split())
     assert all(line.startswith("ok ") for line in lines.values())
     assert "from 1 node(s)" in lines["storage"]
     assert "ray 2." in lines["interpreter"], "what the head's own python says"
@@ -235,7 +241,7 @@ def test_folder_without_the_drivers_mark_is_another_folder(tmp_path: Path) -> No
 def test_storage_that_one_node_lacks_stops_the_run_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nodes = [preflight.Node("10.0.0.1"), preflight.Node("10.0.0.2", storage="does not see it")]
+    nodes = [preflight.Node("10.0.0.1", silent="no answer in 180 s")]
     monkeypatch.setattr(preflight, "capacity", lambda: {"CPU": 2.0})
     monkeypatch.setattr(preflight, "alive", lambda: [{}, {}])
     monkeypatch.setattr(preflight, "survey", lambda _: nodes)
