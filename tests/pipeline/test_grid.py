@@ -19,10 +19,13 @@ from moe.cost import cost
 from pipeline.cells import RADII, ROWS, cell, cells, costs, held, offered
 from pipeline.checkpoint import build_model
 from pipeline.config import Config, flatten
+from pipeline.grid import driver
 from pipeline.grid.__main__ import run as grid
+from pipeline.grid.book import Entry
 from pipeline.grid.request import read_request
 from pipeline.places import check_lasting, owned
 from pipeline.presets import PRESETS, headline, label
+from pipeline.tracking import Tracker, end_abandoned, send_rest
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -256,7 +259,7 @@ def command(tmp_path: Path) -> Iterator[Command]:
 
 
 def wait_for(condition: Callable[[], bool], command: Command) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     while not condition():
         assert command.started[-1].poll() is None, command.log.read_text()
         assert time.monotonic() < deadline, command.log.read_text()
@@ -297,6 +300,100 @@ def test_killed_driver_and_the_same_command_finish_the_rest(command: Command) ->
         assert steps == [7, 14, 21]
     (log,) = (command.home / "runs" / "robust-moe").glob("grid-*/logs/moe_at_synthetic*.log")
     assert "continues after epoch" in log.read_text()
+
+
+OBEDIENT = (  # a cell that says when it is there, and how it was ended
+    "import signal, sys, time, pathlib\n"
+    "at = pathlib.Path(sys.argv[1])\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (at.write_text('stopped'), sys.exit(1)))\n"
+    "at.write_text('ready')\n"
+    "time.sleep(300)"
+)
+
+
+class Notes:
+    """A book without MLflow: which cells were stopped, and how many there are."""
+
+    def __init__(self, configs: tuple[Config, ...]):
+        self.entries = [Entry(c.name, c.seed, c.fingerprint, "") for c in configs]
+        self.stops: list[int] = []
+
+    def stopped(self, place: int) -> None:
+        self.stops.append(place)
+
+
+def test_an_interrupt_ends_every_process_before_it_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = read_request({"backbone": "small", "dataset": "digits", "seed": "0,1,2"})
+    book = Notes(request.configs)
+    started: list[driver.Running] = []
+
+    def start(_: Any, place: int, address: str) -> driver.Running:
+        at = tmp_path / str(place)
+        words = [sys.executable, "-c", OBEDIENT, str(at)]
+        process = subprocess.Popen(words, text=True, start_new_session=True)
+        started.append(driver.Running(place, process, at, 0, 0.0))
+        return started[-1]
+
+    def interrupt_once_all_are_there(_: float) -> None:
+        there = [run.log.exists() and run.log.read_text() == "ready" for run in started]
+        if all(there) and len(started) == 2:
+            monkeypatch.setattr(driver.time, "sleep", sleep)
+            raise KeyboardInterrupt
+        sleep(0.05)
+
+    sleep = time.sleep
+    monkeypatch.setattr(driver, "start", start)
+    monkeypatch.setattr(driver.time, "sleep", interrupt_once_all_are_there)
+    with pytest.raises(KeyboardInterrupt):
+        driver.drive(book, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
+    assert [run.log.read_text() for run in started] == ["stopped", "stopped"]
+    assert [run.process.poll() for run in started] == [1, 1]
+    assert book.stops == [0, 1]
+
+
+def test_a_cell_stops_itself_once_the_grid_is_gone(tmp_path: Path) -> None:
+    """Its standard input ends, whoever held the other end and however that one died."""
+    code = (
+        "import signal, sys, threading, time\n"
+        "from pipeline.grid.child import stop_with_parent\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "threading.Thread(target=stop_with_parent, daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(300)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=120) == 7
+
+
+def test_run_of_a_process_that_died_is_ended_for_it(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker.open(
+        tmp_path / "run", tracking_uri=uri, experiment="e", name="n", params={}, tags={}
+    )
+    tracker._finish(20)  # as if it were killed: nothing says that the run is over
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "RUNNING"
+    assert end_abandoned(tmp_path / "run", uri, "preempted")
+    ended = MlflowClient(uri).get_run(tracker.run_id)
+    assert (ended.info.status, ended.data.tags["status"]) == ("KILLED", "preempted")
+    assert end_abandoned(tmp_path / "run", uri, "failed"), "one that is over stays as it ended"
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "KILLED"
+    assert send_rest(tmp_path / "run", uri, tags={"mlflow.parentRunId": "p"})
+    assert send_rest(tmp_path / "run", uri, tags={"mlflow.parentRunId": "q"})
+    assert MlflowClient(uri).get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == "p"
 
 
 @pytest.mark.slow
