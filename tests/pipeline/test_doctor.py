@@ -245,6 +245,8 @@ def test_storage_that_one_node_lacks_stops_the_run_with_a_line(
     monkeypatch.setattr(preflight, "capacity", lambda: {"CPU": 2.0})
     monkeypatch.setattr(preflight, "alive", lambda: [{}, {}])
     monkeypatch.setattr(preflight, "survey", lambda _: nodes)
+    preflight.preflight(Config())  # a node that is only busy does not
+    nodes.append(preflight.Node("10.0.0.2", storage="does not see it"))
     with pytest.raises(
         ValueError, match=r"that all nodes share.*10\.0\.0\.2: does not see it"
     ) as e:
