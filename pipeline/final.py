@@ -26,6 +26,7 @@ from pipeline.seeding import seed_of
 from pipeline.session import Session
 
 TIMED_IMAGES = 128
+TIMED_GMAC = 128.0  # of the dense twin in one round on a CPU: the dearest nets are timed on fewer
 
 
 def finish(
@@ -100,7 +101,10 @@ def costs(config: Config, model: Network) -> dict[str, float]:
     twin = dense.build(config.dataset.num_classes, size).to(memory_format=torch.channels_last)
     twin = twin.to(next(model.parameters()).device).eval()
     own, full = cost(model, size), cost(twin, size)
-    pace, pace_dense = images_per_second([fold(model), fold(twin)], size)
+    count = TIMED_IMAGES
+    if next(model.parameters()).device.type == "cpu":
+        count = max(8, min(count, int(TIMED_GMAC / full.gmac)))
+    pace, pace_dense = images_per_second([fold(model), fold(twin)], size, count)
     return {
         "cost/gmac": own.gmac,
         "cost/gmac_router": own.gmac_router,
@@ -111,17 +115,19 @@ def costs(config: Config, model: Network) -> dict[str, float]:
     }
 
 
-def images_per_second(models: Sequence[Network], size: int, rounds: int = 5) -> list[float]:
+def images_per_second(
+    models: Sequence[Network], size: int, count: int = TIMED_IMAGES, rounds: int = 5
+) -> list[float]:
     """Time the models in turn on the same random images; return the median pace of each."""
     device = next(models[0].parameters()).device
-    x_BCHW = torch.rand(TIMED_IMAGES, 3, size, size, device=device)
+    x_BCHW = torch.rand(count, 3, size, size, device=device)
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
     times: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(rounds + 1):
             for model, own in zip(models, times, strict=True):
                 own.append(seconds(lambda model=model: model(x_BCHW), device))  # type: ignore[misc]
-    return [TIMED_IMAGES / sorted(own[1:])[rounds // 2] for own in times]
+    return [count / sorted(own[1:])[rounds // 2] for own in times]
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

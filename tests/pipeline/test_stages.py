@@ -61,7 +61,7 @@ STARTS = [0, 5, 8, 12]  # in the second epoch, and in the third
 @pytest.fixture(autouse=True)
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots and the timing."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, size: [1.0] * len(models))
+    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
     monkeypatch.setattr(final, "draw", lambda *_: None)
 
 
@@ -222,7 +222,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Events]:
     """A run through all stages that nobody disturbed; every checkpoint of it is kept."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(final, "images_per_second", lambda models, size: [1.0] * len(models))
+        patch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
         patch.setattr(final, "draw", lambda *_: None)
         patch.setattr("pipeline.loop.KEEP", 99)
         return folder, run(SPARSE, folder)

@@ -203,7 +203,7 @@ def test_a_run_on_a_stream_that_is_interrupted_ends_as_if_it_had_not_been(
     from pipeline import checkpoint, final
     from pipeline.session import Session
 
-    monkeypatch.setattr(final, "images_per_second", lambda models, size: [1.0] * len(models))
+    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
     monkeypatch.setattr(final, "draw", lambda *_: None)
     changes = {"dataset": "imagenet", "dataset.variant": "imagenette", "dataset.image_size": 16}
     changes |= {"dataset.validation": 0.2, "algorithm": "standard", "backbone.ratio": 0.125}
