@@ -53,7 +53,7 @@ class StopError(Exception):
 @pytest.fixture(autouse=True)
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots, and the timing, which one run draws for all."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, size: [1.0] * len(models))
+    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
     monkeypatch.setattr(final, "draw", lambda *_: None)
 
 
@@ -310,7 +310,9 @@ def test_average_of_the_weights_is_what_is_validated_kept_and_tested(
         wanted.append(mean)
     epochs = [wanted[STEPS * epoch - 2] for epoch in (1, 2)]
     best = checkpoint.verify(tmp_path / "checkpoints" / "best")["epoch"]
-    for found, averaged in zip(judged, [*epochs, epochs[best - 1]], strict=True):
+    tested = [epochs[best - 1]] * (len(judged) - 2)
+    assert tested
+    for found, averaged in zip(judged, [*epochs, *tested], strict=True):
         for name, weight in averaged.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     kept = weights(checkpoint.load_model(tmp_path / "checkpoints" / "best"))

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.session import Session
+from tests.pair import run_pair
 
 
 def items(count: int, damaged: int = -1) -> Iterator[int]:
@@ -27,8 +26,6 @@ def take(session: Session, source: Iterator[int]) -> str:
 
 
 def work(rank: int, folder: str) -> None:
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     session = Session(rank=rank, world=2)
     lines = [
         take(session, items(3)),
@@ -36,11 +33,10 @@ def work(rank: int, folder: str) -> None:
         take(session, items(3 + rank)),
     ]
     Path(folder, str(rank)).write_text("\n".join(lines))
-    dist.destroy_process_group()
 
 
 def test_an_error_of_one_worker_ends_all_of_them_with_its_reason(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_pair(work, tmp_path)
     for rank in range(2):
         assert Path(tmp_path, str(rank)).read_text().splitlines() == [
             "[0, 1, 2]",

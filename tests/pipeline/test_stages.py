@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moe.cost import cost
 from moe.pruning import ScoredBody, scored_body
@@ -29,6 +27,7 @@ from pipeline.seeding import Noise, generator_at
 from pipeline.session import Session
 from pipeline.stages import advance, moment, starts
 from pipeline.state import TrainState
+from tests.pair import run_pair
 from tests.pipeline.test_loop import (
     TINY,
     Events,
@@ -294,24 +293,18 @@ def test_shortest_run_has_an_update_for_each_stage(tmp_path: Path) -> None:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        state, found = state_at(0, average=Session(rank, 2).average), {}
-        for stage in range(3):
-            if stage:
-                advance(SPARSE, state, stage)
-            updates(state, 2, rank, 2)
-            found[stage] = copy.deepcopy(state.model.state_dict())
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    state, found = state_at(0, average=Session(rank, 2).average), {}
+    for stage in range(3):
+        if stage:
+            advance(SPARSE, state, stage)
+        updates(state, 2, rank, 2)
+        found[stage] = copy.deepcopy(state.model.state_dict())
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def test_replicas_prune_alike_and_stay_equal_to_the_bit(tmp_path: Path) -> None:
     """Each sees other images: what they prune follows from the scores that they average."""
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_pair(work, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for stage in range(3):
         differing = [k for k in one[stage] if not torch.equal(one[stage][k], other[stage][k])]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from moe.network import Network
@@ -25,6 +24,7 @@ from pipeline.losses import cross_entropy_per_image
 from pipeline.seeding import Noise, generator_at
 from pipeline.session import Session
 from pipeline.state import GROUPS, NonFiniteError, TrainState
+from tests.pair import run_pair
 
 
 def state_of(model: Network, **settings: Any) -> TrainState:
@@ -244,17 +244,11 @@ TRADES = Trades(beta=2.0, attack=PGD(eps=0.05, step_size=0.02, steps=2))
 JOINT: tuple[tuple[Any, dict[str, float]], ...] = ((Standard(), {}), (TRADES, {}), (TRADES, RECIPE))
 
 
-def work(rank: int, model: Network, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        own = copy.deepcopy(model)  # what comes from the parent is in shared memory
-        found = [gradients(own, algorithm, recipe, rank, 2) for algorithm, recipe in JOINT]
-        bad = [differing(copy.deepcopy(own), rank, **recipe) for recipe in ({}, RECIPE)]
-        torch.save({"gradients": found, "differing": bad}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int, folder: str, model: Network) -> None:
+    own = copy.deepcopy(model)  # what comes from the parent is in shared memory
+    found = [gradients(own, algorithm, recipe, rank, 2) for algorithm, recipe in JOINT]
+    bad = [differing(copy.deepcopy(own), rank, **recipe) for recipe in ({}, RECIPE)]
+    torch.save({"gradients": found, "differing": bad}, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +262,7 @@ def bright(build: Callable[..., Network]) -> Network:
 def workers(bright: Network, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What two workers of one run found."""
     folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(work, (bright, str(folder)), nprocs=2)
+    run_pair(work, folder, bright)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
