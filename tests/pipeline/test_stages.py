@@ -305,7 +305,7 @@ def work(rank: int, folder: str) -> None:
 def test_replicas_prune_alike_and_stay_equal_to_the_bit(tmp_path: Path) -> None:
     """Each sees other images: what they prune follows from the scores that they average."""
     run_pair(work, tmp_path)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for stage in range(3):
         differing = [k for k in one[stage] if not torch.equal(one[stage][k], other[stage][k])]
         assert differing == []

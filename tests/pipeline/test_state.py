@@ -263,7 +263,7 @@ def workers(bright: Network, tmp_path_factory: pytest.TempPathFactory) -> list[A
     """What two workers of one run found."""
     folder = tmp_path_factory.mktemp("workers")
     run_pair(work, folder, bright)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_replicas_stay_equal_to_the_bit_where_one_gives_an_expert_no_image(
