@@ -45,7 +45,7 @@ def adv_moe_cifar10_small() -> Config:
     ``python -m pipeline.train adv_moe_cifar10_small workers=2``. Ours, from no paper. In bf16,
     which wants a CPU with AMX or AVX512-BF16, or a GPU.
     Seen once (seed 0, 17,100 training and 8,000 test images of a subset): SA 49.1, RA under PGD-50
-    30.3, worst case 26.1; 14 minutes on 2 cores of an EPYC (Zen 5), of which the attacks at the end
+    30.3, worst case 26.1; 15 minutes on 2 cores of an EPYC (Zen 5), of which the attacks at the end
     took 6.
     """
     return Config(
