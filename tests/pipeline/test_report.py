@@ -20,6 +20,7 @@ from pipeline.report.statistics import difference, estimate, t975
 from pipeline.tracking import EVALUATED
 
 IMAGES = 1000
+EPOCHS = cell("small", "cifar10", "dense").epochs
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -197,7 +198,7 @@ def test_rows_of_other_settings_say_in_what_they_differ(server: Server) -> None:
         "AdvMoE [algorithm.router_loss=pseudo_label]",
         "AdvMoE [algorithm.router_loss=trades]",
     ]
-    assert {row.note for row in block.rows[1:]} == {"epochs 20 there, 16 here"}
+    assert {row.note for row in block.rows[1:]} == {f"epochs 20 there, {EPOCHS} here"}
 
 
 def test_later_full_evaluation_gives_the_accuracy_under_autoattack(server: Server) -> None:
@@ -252,7 +253,7 @@ def test_runs_are_chosen_by_their_settings_and_their_parent(server: Server) -> N
         return [run.run_id for run in find(server.uri, "chosen", wanted).runs]
 
     assert (
-        chosen(grid="p") == chosen(epochs="16") == chosen(algorithm="adv_moe,standard") == [child]
+        chosen(grid="p") == chosen(epochs=str(EPOCHS)) == chosen(algorithm="adv_moe,standard") == [child]
     )
     assert len(chosen(**{"algorithm.attack.eps": "8/255"})) == 2
     with pytest.raises(ValueError, match="no key 'epoch', only tracking_uri, out, grid, "):
