@@ -253,7 +253,10 @@ def test_runs_are_chosen_by_their_settings_and_their_parent(server: Server) -> N
         return [run.run_id for run in find(server.uri, "chosen", wanted).runs]
 
     assert (
-        chosen(grid="p") == chosen(epochs=str(EPOCHS)) == chosen(algorithm="adv_moe,standard") == [child]
+        chosen(grid="p")
+        == chosen(epochs=str(EPOCHS))
+        == chosen(algorithm="adv_moe,standard")
+        == [child]
     )
     assert len(chosen(**{"algorithm.attack.eps": "8/255"})) == 2
     with pytest.raises(ValueError, match="no key 'epoch', only tracking_uri, out, grid, "):
