@@ -1,36 +1,10 @@
 """Small sets from Hugging Face parquet: decoded once to uint8, and mapped by every worker."""
 
-from typing import Protocol
-
 from pipeline.data.loading import Splits, check_settings, locate, make_splits
+from pipeline.data.protocols import OnDisk
 
 
-class Small(Protocol):
-    """What a dataset says of itself: its settings, its folder, column and splits."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def train_images(self) -> int | None: ...
-    @property
-    def test_images(self) -> int | None: ...
-    @property
-    def validation(self) -> float: ...
-    @property
-    def pad(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def folder(self) -> str: ...
-    @property
-    def label_column(self) -> str: ...
-    @property
-    def split_names(self) -> tuple[str, ...]: ...
-
-
-def check_small(dataset: Small) -> None:
+def check_small(dataset: OnDisk) -> None:
     """Check the settings.
 
     Raises:
@@ -44,7 +18,7 @@ def check_small(dataset: Small) -> None:
     )
 
 
-def load_small(dataset: Small, seed: int) -> Splits:
+def load_small(dataset: OnDisk, seed: int) -> Splits:
     """Decode or map the train and the test split, and take the wanted subsets."""
     from pipeline.data.parquet import Layout, load_parquet  # only here: needs pyarrow and Pillow
 
