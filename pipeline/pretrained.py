@@ -25,8 +25,7 @@ def start(config: Config, model: Network) -> None:
 
     flat = flatten(config)
     for key, path in flat.items():
-        first, *within, last = key.split(".")
-        if (first, last) != ("backbone", "weights") or not path:
+        if not (key.startswith("backbone.") and key.endswith(".weights") and path):
             continue
         if not Path(path).is_file():
             raise ValueError(f"{key} must be a safetensors file that every worker sees, got {path}")
@@ -37,7 +36,7 @@ def start(config: Config, model: Network) -> None:
             )
         weights = load_file(path)
         target: nn.Module = model  # or a half of it; what is said of an expert is for all
-        for part in within:
+        for part in key.split(".")[1:-1]:
             target = target if part == "expert" else target.get_submodule(part)
         for body in target.modules():
             if isinstance(body, TransformerBody):
