@@ -77,6 +77,10 @@ class Network(nn.Module):
         scores_BE = x_BCHW.new_zeros(len(x_BCHW), self.num_experts)
         return self._follow(x_BCHW, Route.fixed(route, scores_BE))
 
+    def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
+        """Classify (B, K) with the routing of other images, whose router scores are given."""
+        return self.along(x_BCHW, scores.argmax(-1))
+
     def router_scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts on pixels in [0, 1], without the body where the router needs none."""
         if self.num_layers:
@@ -108,5 +112,8 @@ def _piece(x_BCHW: Tensor) -> int:
 
 
 def is_router_parameter(name: str) -> bool:
-    """Tell the router's parameters (and the layers' gates) from the experts' by their name."""
-    return name.startswith("router.") or ".gate." in name
+    """Tell the router's parameters (and the layers' gates) from the experts' by their name.
+
+    A network within another, such as a half of a dual model, may have a router of its own.
+    """
+    return name.startswith("router.") or ".router." in name or ".gate." in name

@@ -8,13 +8,13 @@ import torch
 from torch.optim import Optimizer
 
 from pipeline.config import Config
-from pipeline.state import GROUPS, TrainState
+from pipeline.state import TrainState
 
 
 def build_optimizers(config: Config, state: TrainState) -> dict[str, Optimizer]:
     """Make an optimizer for each group that has parameters."""
     optimizers: dict[str, Optimizer] = {}
-    for group in GROUPS:
+    for group in state.partition.names:
         if not (parameters := state.parameters(group)):
             continue
         rate = peak(config, group)
@@ -47,7 +47,7 @@ def rate(config: Config, group: str, epoch: float) -> float:
     if epoch < config.warmup_epochs:
         return top * epoch / config.warmup_epochs
     t = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
-    schedule = config.schedule if group == "experts" else config.router_schedule
+    schedule = config.router_schedule if group == "router" else config.schedule
     if schedule == "cosine":
         return top * (1 + math.cos(math.pi * t)) / 2
     if schedule == "cyclic" and config.warmup_epochs:
