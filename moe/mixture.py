@@ -98,13 +98,14 @@ class Mixture(Network):
     def forward(self, x_BCHW: Tensor) -> Routed:
         """Classify pixels in [0, 1]; the route is the best expert of each image."""
         scores_BE = self.router_scores(x_BCHW)
-        chosen_BC = best(scores_BE, self.top_k)
+        return Routed(self.held(x_BCHW, scores_BE), scores_BE, best(scores_BE, 1)[:, 0])
+
+    def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
+        """Classify (B, K) with the weights that given scores (B, E) stand for."""
         if self.top_k == self.num_experts:
-            mixed_BK = self.combine(scores_BE, self.experts_logits(x_BCHW))
-        else:
-            logits_BCK = self._dispatch(x_BCHW, chosen_BC)
-            mixed_BK = self.combine(scores_BE.gather(1, chosen_BC), logits_BCK)
-        return Routed(mixed_BK, scores_BE, chosen_BC[:, 0])
+            return self.combine(scores, self.experts_logits(x_BCHW))
+        chosen_BC = best(scores, self.top_k)
+        return self.combine(scores.gather(1, chosen_BC), self._dispatch(x_BCHW, chosen_BC))
 
     def combine(self, scores_BC: Tensor, logits_BCK: Tensor) -> Tensor:
         """Mix the outputs of the experts that take part, weighted by their scores: (B, K)."""

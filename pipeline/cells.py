@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from moe.backbones import BACKBONES
+from moe.backbones import BACKBONES, dense_twin
 from moe.cost import Cost, cost
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Config, flatten, override
@@ -149,9 +149,8 @@ def offered(axis: str) -> tuple[str, ...]:
 def costs(config: Config) -> tuple[Cost, Cost]:
     """Count the net of a run, and its dense twin (one expert, ratio 1), on one image."""
     size, classes = config.dataset.image_size, config.dataset.num_classes
-    dense: Any = replace(config.backbone, num_experts=1, ratio=1.0)  # type: ignore[type-var]
-    own: Any = config.backbone
-    return _count(own, classes, size), _count(dense, classes, size)
+    backbone = config.backbone
+    return _count(backbone, classes, size), _count(dense_twin(backbone), classes, size)
 
 
 @cache

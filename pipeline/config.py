@@ -12,9 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from moe.backbones import BACKBONES, Backbone
+from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
 from pipeline.algorithms import ALGORITHMS, Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.jtdmoe import JTDMoE
+from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.attacks import ATTACKS
 from pipeline.data import DATASETS, Dataset
@@ -27,6 +30,8 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "dataset": DATASETS,
     "backbone": BACKBONES,
     "expert": BACKBONES,
+    "standard": BACKBONES,
+    "robust": BACKBONES,
     "algorithm": ALGORITHMS,
     "attack": ATTACKS,
 }
@@ -172,6 +177,7 @@ class Config:
                 "backbone.num_experts must be at least 2 for algorithm=adv_moe, got "
                 f"{self.backbone.num_experts}; a dense net trains with algorithm=trades"
             )
+        self._check_dual()
         if isinstance(self.algorithm, Sparse):  # the backbone is what shall remain
             if (experts := self.backbone.num_experts) != 1:
                 raise ValueError(
@@ -181,6 +187,35 @@ class Config:
                 raise ValueError(
                     f"backbone.ratio must be below 1 for algorithm=sparse, got {ratio}"
                 )
+
+    def _check_dual(self) -> None:
+        algorithm, experts = self.algorithm, self.backbone.num_experts
+        if isinstance(algorithm, RTER) and algorithm.robustify != "none" and experts < 2:
+            raise ValueError(
+                "backbone.num_experts must be at least 2 for algorithm=rt_er with robustify="
+                f"{algorithm.robustify}, got {experts}"
+            )
+        if not isinstance(algorithm, JTDMoE):
+            return
+        dual = self.backbone
+        if not isinstance(dual, DualNetworks):
+            name = name_of("backbone", dual)
+            raise ValueError(f"backbone must be dual for algorithm=jtdmoe, got {name!r}")
+        if not dual.alpha < 1:
+            raise ValueError(
+                "backbone.alpha must be below 1 for algorithm=jtdmoe, or the standard half never "
+                f"trains, got {dual.alpha}"
+            )
+        if algorithm.robustify != "none" and dual.robust.num_experts < 2:
+            raise ValueError(
+                "backbone.robust.num_experts must be at least 2 for algorithm=jtdmoe with "
+                f"robustify={algorithm.robustify}, got {dual.robust.num_experts}"
+            )
+        if self.router_lr is not None:
+            raise ValueError(
+                "router_lr must be none for algorithm=jtdmoe, which has one optimizer for each "
+                f"half, got {self.router_lr}"
+            )
 
     @property
     def fingerprint(self) -> str:

@@ -106,9 +106,7 @@ def routes(frozen: Network, x_BCHW: Tensor, robustify: Robustify) -> list[Tensor
         raise ValueError("rt_er needs a second expert: num_experts must be at least 2, got 1")
     if robustify == "second":
         return [scores.topk(2, dim=-1).indices[..., 1]]
-    return [
-        torch.full(scores.shape[:-1], e, device=scores.device) for e in range(scores.shape[-1])
-    ]
+    return [torch.full(scores.shape[:-1], e, device=scores.device) for e in range(scores.shape[-1])]
 
 
 def expert_error(part: Part, y_B: Tensor, route: Tensor) -> Aim:
