@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.dual import Dual, blend
 from moe.folding import fold
 from moe.layers import ConvNorm, MoEConv2d
+from moe.mixture import Mixture, best
 from moe.network import Network
+from moe.routing import at_least_float32
 
 
 def exportable(model: Network) -> nn.Module:
@@ -25,10 +29,49 @@ def exportable(model: Network) -> nn.Module:
     graph whose batch size stays free. It holds B sets of filters at a time, so it is meant for
     single images and small batches; ``moe.folding.fold`` is the copy for large ones.
 
+    Of whole networks as experts all run on every image, and those that take part are picked after.
+
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
-    folded = copy.deepcopy(fold(model))
-    return _Classifier(folded, _gathered(folded.body)).eval()
+    return _traceable(copy.deepcopy(fold(model))).eval()
+
+
+def _traceable(folded: Network) -> nn.Module:
+    if isinstance(folded, Dual):
+        return _Both(folded)
+    if isinstance(folded, Mixture):
+        return _Weighed(folded)
+    return _Classifier(folded, _gathered(folded.body))
+
+
+class _Both(nn.Module):
+    """Both halves of a dual model, mixed."""
+
+    def __init__(self, folded: Dual):
+        super().__init__()
+        self.standard, self.robust = _traceable(folded.standard), _traceable(folded.robust)
+        self.alpha, self.mix = folded.alpha, folded.mix
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return blend(self.standard(x_BCHW), self.robust(x_BCHW), self.alpha, self.mix)
+
+
+class _Weighed(nn.Module):
+    """Every expert of a mixture of networks, and the weights of those that take part."""
+
+    def __init__(self, folded: Mixture):
+        super().__init__()
+        assert folded.router is not None
+        self.normalize, self.router = folded.normalize, folded.router
+        self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
+        self.combine, self.top_k = folded.combine, folded.top_k
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        scores_BE = at_least_float32(self.router(self.normalize(x_BCHW)))
+        z_BEK = torch.stack([expert(x_BCHW) for expert in self.experts], 1)
+        chosen_BC = best(scores_BE, self.top_k)
+        z_BCK = z_BEK.gather(1, chosen_BC[:, :, None].expand(-1, -1, z_BEK.shape[2]))
+        return self.combine(scores_BE.gather(1, chosen_BC), z_BCK)
 
 
 class _Classifier(nn.Module):
