@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from moe.dual import Dual, blend
 from moe.folding import fold
 from moe.layers import ConvNorm, MoEConv2d
-from moe.mixture import Mixture, best
+from moe.mixture import Mixture, best, mixed
 from moe.network import Network
-from moe.routing import at_least_float32
 
 
 def exportable(model: Network) -> nn.Module:
@@ -29,7 +28,8 @@ def exportable(model: Network) -> nn.Module:
     graph whose batch size stays free. It holds B sets of filters at a time, so it is meant for
     single images and small batches; ``moe.folding.fold`` is the copy for large ones.
 
-    Of whole networks as experts all run on every image, and those that take part are picked after.
+    Of whole networks as experts each runs on every image, and those that take part are mixed: E
+    times the work, of which ``top_k`` are wanted.
 
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
@@ -38,14 +38,14 @@ def exportable(model: Network) -> nn.Module:
 
 def _traceable(folded: Network) -> nn.Module:
     if isinstance(folded, Dual):
-        return _Both(folded)
+        return _DualClassifier(folded)
     if isinstance(folded, Mixture):
-        return _Weighed(folded)
+        return _MixtureClassifier(folded)
     return _Classifier(folded, _gathered(folded.body))
 
 
-class _Both(nn.Module):
-    """Both halves of a dual model, mixed."""
+class _DualClassifier(nn.Module):
+    """Classify by both halves of a dual model, and mix."""
 
     def __init__(self, folded: Dual):
         super().__init__()
@@ -54,24 +54,6 @@ class _Both(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return blend(self.standard(x_BCHW), self.robust(x_BCHW), self.alpha, self.mix)
-
-
-class _Weighed(nn.Module):
-    """Every expert of a mixture of networks, and the weights of those that take part."""
-
-    def __init__(self, folded: Mixture):
-        super().__init__()
-        assert folded.router is not None
-        self.normalize, self.router = folded.normalize, folded.router
-        self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
-        self.combine, self.top_k = folded.combine, folded.top_k
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        scores_BE = at_least_float32(self.router(self.normalize(x_BCHW)))
-        z_BEK = torch.stack([expert(x_BCHW) for expert in self.experts], 1)
-        chosen_BC = best(scores_BE, self.top_k)
-        z_BCK = z_BEK.gather(1, chosen_BC[:, :, None].expand(-1, -1, z_BEK.shape[2]))
-        return self.combine(scores_BE.gather(1, chosen_BC), z_BCK)
 
 
 class _Classifier(nn.Module):
@@ -86,6 +68,26 @@ class _Classifier(nn.Module):
         chosen_B = None if self.router is None else self.router(x_BCHW).argmax(1)
         logits_BK: Tensor = self.body(x_BCHW, chosen_B)
         return logits_BK
+
+
+class _MixtureClassifier(nn.Module):
+    """Classify by every expert, and mix those that the router chose."""
+
+    def __init__(self, folded: Network):
+        super().__init__()
+        assert isinstance(folded, Mixture)
+        self.normalize, self.router = folded.normalize, folded.router
+        self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
+        self.gate, self.mix, self.top_k = folded.gate, folded.mix, folded.top_k
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        assert self.router is not None
+        scores_BE = self.router(self.normalize(x_BCHW))
+        every_BEK = torch.stack([expert(x_BCHW) for expert in self.experts], 1)
+        chosen_BC = best(scores_BE, self.top_k)
+        classes = every_BEK.shape[2]
+        logits_BCK = every_BEK.gather(1, chosen_BC[:, :, None].expand(-1, -1, classes))
+        return mixed(scores_BE.gather(1, chosen_BC), logits_BCK, self.gate, self.mix)
 
 
 class _GatheredConv(nn.Module):

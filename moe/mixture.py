@@ -103,21 +103,11 @@ class Mixture(Network):
     def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
         """Classify (B, K) with the weights that given scores (B, E) stand for."""
         if self.top_k == self.num_experts:
-            return self.combine(scores, self.experts_logits(x_BCHW))
-        chosen_BC = best(scores, self.top_k)
-        return self.combine(scores.gather(1, chosen_BC), self._dispatch(x_BCHW, chosen_BC))
-
-    def combine(self, scores_BC: Tensor, logits_BCK: Tensor) -> Tensor:
-        """Mix the outputs of the experts that take part, weighted by their scores: (B, K)."""
-        z_BCK = logits_BCK if self.mix == "logits" else logits_BCK.log_softmax(2)
-        if self.gate == "hard":
-            gate_BC = torch.ones_like(scores_BC)
-            if self.gate_gradient:
-                gate_BC = gate_BC + scores_BC - scores_BC.detach()
-            return gate_BC * z_BCK[:, 0]
-        if self.mix == "logits":
-            return torch.einsum("bc,bck->bk", scores_BC.softmax(1), z_BCK)
-        return torch.logsumexp(scores_BC.log_softmax(1)[:, :, None] + z_BCK, 1)
+            scores_BC, logits_BCK = scores, self.experts_logits(x_BCHW)
+        else:
+            chosen_BC = best(scores, self.top_k)
+            scores_BC, logits_BCK = scores.gather(1, chosen_BC), self._dispatch(x_BCHW, chosen_BC)
+        return mixed(scores_BC, logits_BCK, self.gate, self.mix, self.gate_gradient)
 
     def along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
         """Classify each image by one given expert alone; return that expert's logits (B, K).
@@ -165,6 +155,19 @@ def check_gate(gate: str, top_k: int, num_experts: int, mix: str) -> None:
 def best(scores_BE: Tensor, top_k: int) -> Tensor:
     """Name the best experts of each image, best first (B, C); ties go to the lowest index."""
     return scores_BE.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+def mixed(
+    scores_BC: Tensor, logits_BCK: Tensor, gate: Gate, mix: Mix, gate_gradient: bool = False
+) -> Tensor:
+    """Mix the outputs of the experts that take part, as ``Mixture`` says: (B, K)."""
+    z_BCK = logits_BCK if mix == "logits" else logits_BCK.log_softmax(2)
+    if gate == "hard":
+        tie_BC = scores_BC - scores_BC.detach() if gate_gradient else torch.zeros_like(scores_BC)
+        return (1.0 + tie_BC) * z_BCK[:, 0]
+    if mix == "logits":
+        return torch.einsum("bc,bck->bk", scores_BC.softmax(1), z_BCK)
+    return torch.logsumexp(scores_BC.log_softmax(1)[:, :, None] + z_BCK, 1)
 
 
 def logits(expert: Network, x_BCHW: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.backbones.mixture import NetworkMixture
-from moe.backbones.parts import Activation
 from moe.backbones.protocols import Backbone, RouterScope
 from moe.dual import Dual, Mix, check_mix
 from moe.network import Network
@@ -55,11 +54,6 @@ class DualNetworks:
     def router_scope(self) -> RouterScope:
         """One router a half, on the image."""
         return "shared"
-
-    @property
-    def activation(self) -> Activation:
-        """The robust half's own."""
-        return self.robust.activation
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""
