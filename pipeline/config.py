@@ -63,7 +63,8 @@ class Config:
         optimizer, momentum, weight_decay: Of both parameter groups.
         lr, router_lr: Peak rates; a ``router_lr`` of none is ``lr``.
         schedule, router_schedule: ``cosine`` to zero, ``cyclic`` (up for two fifths, then down,
-            linear), or ``constant``.
+            linear), ``triangular`` (between half the peak and the peak, ten epochs up and down), or
+            ``constant``.
         warmup_epochs: Linear rise from zero before the schedule, in epochs (may be a fraction); of
             ``cyclic``, its rise.
         ema_decay: Decay of the average of the weights over the updates, which is what is validated,
@@ -99,8 +100,8 @@ class Config:
     weight_decay: float = 5e-4
     lr: float = 0.1
     router_lr: float | None = None
-    schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
-    router_schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
+    schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
+    router_schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     ema_decay: float = 0.0
     awp_gamma: float = 0.0
@@ -212,11 +213,6 @@ class Config:
             raise ValueError(
                 "backbone.robust.num_experts must be at least 2 for algorithm=jtdmoe with "
                 f"robustify={algorithm.robustify}, got {dual.robust.num_experts}"
-            )
-        if self.router_lr is not None:
-            raise ValueError(
-                "router_lr must be none for algorithm=jtdmoe, which has one optimizer for each "
-                f"half, got {self.router_lr}"
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe.backbones.vit import TransformerBody
+from moe.dual import Dual
 from moe.network import Network
 from pipeline.checkpoint import sha256
 from pipeline.config import Config, flatten
@@ -22,9 +23,11 @@ def start(config: Config, model: Network) -> None:
     from safetensors.torch import load_file
 
     flat = flatten(config)
-    for key in ("backbone.weights", "backbone.expert.weights"):
-        if not (path := flat.get(key)):
+    for key, path in flat.items():
+        if not (path and key.startswith("backbone.") and key.endswith(".weights")):
             continue
+        half = key.split(".")[1]
+        part = getattr(model, half) if isinstance(model, Dual) else model
         if not Path(path).is_file():
             raise ValueError(f"{key} must be a safetensors file that every worker sees, got {path}")
         if (found := sha256(Path(path))) != (want := flat[f"{key}_sha256"]):
@@ -33,7 +36,7 @@ def start(config: Config, model: Network) -> None:
                 f"{key}_sha256= (empty) takes it as it is"
             )
         weights = load_file(path)
-        for body in model.modules():
+        for body in part.modules():
             if isinstance(body, TransformerBody):
                 try:
                     body.take_timm(weights)

@@ -108,10 +108,17 @@ class TrainState:
         """What is validated, kept as the model of a checkpoint and tested: the average, if any."""
         return self.ema.deployed(self.model)
 
-    def parameters(self, group: str) -> list[nn.Parameter]:
-        """List the parameters of a group that train, in the order of the model."""
-        named = self.model.named_parameters()
-        return [p for n, p in named if p.requires_grad and self.partition.of(n) == group]
+    def parameters(self, group: str, part: str = "") -> list[nn.Parameter]:
+        """List the parameters of a group that train, in the order of the model.
+
+        Args:
+            part: ``experts`` or ``router``: those of the group alone; empty: both.
+        """
+        return [
+            p
+            for n, p in self.model.named_parameters()
+            if p.requires_grad and self.partition.of(n) == group and part in ("", COMPONENTS.of(n))
+        ]
 
     @contextmanager
     def only(self, group: str) -> Iterator[Network]:
