@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.dual import Dual, blend
 from moe.folding import fold
 from moe.layers import ConvNorm, MoEConv2d
 from moe.mixture import Mixture, best, mixed
@@ -36,9 +37,23 @@ def exportable(model: Network) -> nn.Module:
 
 
 def _traceable(folded: Network) -> nn.Module:
+    if isinstance(folded, Dual):
+        return _DualClassifier(folded)
     if isinstance(folded, Mixture):
         return _MixtureClassifier(folded)
     return _Classifier(folded, _gathered(folded.body))
+
+
+class _DualClassifier(nn.Module):
+    """Classify by both halves of a dual model, and mix."""
+
+    def __init__(self, folded: Dual):
+        super().__init__()
+        self.standard, self.robust = _traceable(folded.standard), _traceable(folded.robust)
+        self.alpha, self.mix = folded.alpha, folded.mix
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return blend(self.standard(x_BCHW), self.robust(x_BCHW), self.alpha, self.mix)
 
 
 class _Classifier(nn.Module):

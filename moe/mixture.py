@@ -98,14 +98,16 @@ class Mixture(Network):
     def forward(self, x_BCHW: Tensor) -> Routed:
         """Classify pixels in [0, 1]; the route is the best expert of each image."""
         scores_BE = self.router_scores(x_BCHW)
-        chosen_BC = best(scores_BE, self.top_k)
+        return Routed(self.held(x_BCHW, scores_BE), scores_BE, best(scores_BE, 1)[:, 0])
+
+    def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
+        """Classify (B, K) with the weights that given scores (B, E) stand for."""
         if self.top_k == self.num_experts:
-            scores_BC, logits_BCK = scores_BE, self.experts_logits(x_BCHW)
+            scores_BC, logits_BCK = scores, self.experts_logits(x_BCHW)
         else:
-            scores_BC = scores_BE.gather(1, chosen_BC)
-            logits_BCK = self._dispatch(x_BCHW, chosen_BC)
-        mixed_BK = mixed(scores_BC, logits_BCK, self.gate, self.mix, self.gate_gradient)
-        return Routed(mixed_BK, scores_BE, chosen_BC[:, 0])
+            chosen_BC = best(scores, self.top_k)
+            scores_BC, logits_BCK = scores.gather(1, chosen_BC), self._dispatch(x_BCHW, chosen_BC)
+        return mixed(scores_BC, logits_BCK, self.gate, self.mix, self.gate_gradient)
 
     def along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
         """Classify each image by one given expert alone; return that expert's logits (B, K).

@@ -85,6 +85,10 @@ class Network(nn.Module):
                 last = self.num_experts - 1
                 raise ValueError(f"route names expert {int(expert)}, valid are 0 to {last}")
 
+    def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
+        """Classify (B, K) with the routing of other images, whose router scores are given."""
+        return self.along(x_BCHW, scores.argmax(-1))
+
     def router_scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts on pixels in [0, 1], without the body where the router needs none."""
         if self.num_layers:
@@ -116,5 +120,8 @@ def _piece(x_BCHW: Tensor) -> int:
 
 
 def is_router_parameter(name: str) -> bool:
-    """Tell the router's parameters (and the layers' gates) from the experts' by their name."""
-    return name.startswith("router.") or ".gate." in name
+    """Tell the router's parameters (and the layers' gates) from the experts' by their name.
+
+    A network within another, such as a half of a dual model, may have a router of its own.
+    """
+    return name.startswith("router.") or ".router." in name or ".gate." in name

@@ -12,9 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from moe.backbones import BACKBONES, Backbone
+from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
 from pipeline.algorithms import ALGORITHMS, Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.jtdmoe import JTDMoE
+from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.attacks import ATTACKS
 from pipeline.data import DATASETS, Dataset
@@ -27,6 +30,8 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "dataset": DATASETS,
     "backbone": BACKBONES,
     "expert": BACKBONES,
+    "standard": BACKBONES,
+    "robust": BACKBONES,
     "algorithm": ALGORITHMS,
     "attack": ATTACKS,
 }
@@ -61,7 +66,8 @@ class Config:
         optimizer, momentum, weight_decay: Of both parameter groups.
         lr, router_lr: Peak rates; a ``router_lr`` of none is ``lr``.
         schedule, router_schedule: ``cosine`` to zero, ``cyclic`` (up for two fifths, then down,
-            linear), or ``constant``.
+            linear), ``triangular`` (between half the peak and the peak, ten epochs up and down), or
+            ``constant``.
         warmup_epochs: Linear rise from zero before the schedule, in epochs (may be a fraction); of
             ``cyclic``, its rise.
         ema_decay: Decay of the average of the weights over the updates, which is what is validated,
@@ -97,8 +103,8 @@ class Config:
     weight_decay: float = 5e-4
     lr: float = 0.1
     router_lr: float | None = None
-    schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
-    router_schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
+    schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
+    router_schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     ema_decay: float = 0.0
     awp_gamma: float = 0.0
@@ -177,6 +183,7 @@ class Config:
                 "backbone.num_experts must be at least 2 for algorithm=adv_moe, got "
                 f"{self.backbone.num_experts}; a dense net trains with algorithm=trades"
             )
+        self._check_dual()
         if isinstance(self.algorithm, Sparse):  # the backbone is what shall remain
             if (experts := self.backbone.num_experts) != 1:
                 raise ValueError(
@@ -186,6 +193,30 @@ class Config:
                 raise ValueError(
                     f"backbone.ratio must be below 1 for algorithm=sparse, got {ratio}"
                 )
+
+    def _check_dual(self) -> None:
+        algorithm, experts = self.algorithm, self.backbone.num_experts
+        if isinstance(algorithm, RTER) and algorithm.robustify != "none" and experts < 2:
+            raise ValueError(
+                "backbone.num_experts must be at least 2 for algorithm=rt_er with robustify="
+                f"{algorithm.robustify}, got {experts}"
+            )
+        if not isinstance(algorithm, JTDMoE):
+            return
+        dual = self.backbone
+        if not isinstance(dual, DualNetworks):
+            name = name_of("backbone", dual)
+            raise ValueError(f"backbone must be dual for algorithm=jtdmoe, got {name!r}")
+        if not dual.alpha < 1:
+            raise ValueError(
+                "backbone.alpha must be below 1 for algorithm=jtdmoe, or the standard half never "
+                f"trains, got {dual.alpha}"
+            )
+        if algorithm.robustify != "none" and dual.robust.num_experts < 2:
+            raise ValueError(
+                "backbone.robust.num_experts must be at least 2 for algorithm=jtdmoe with "
+                f"robustify={algorithm.robustify}, got {dual.robust.num_experts}"
+            )
 
     @property
     def fingerprint(self) -> str:

@@ -25,7 +25,7 @@ from pipeline.optim import build_optimizers, set_rates
 from pipeline.seeding import Noise, generator_at, seed_of
 from pipeline.session import Session
 from pipeline.stages import advance, begin, moment
-from pipeline.state import NonFiniteError, TrainState
+from pipeline.state import NonFiniteError, TrainState, partition_of
 
 KEEP = 2  # newest checkpoints kept beside the best one
 GATE_STEPS = 3  # updates after which a router without a gradient is an error
@@ -88,6 +88,7 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
         ema=WeightAverage(config.ema_decay),
         label_smoothing=config.label_smoothing,
         clip_norm=config.clip_norm,
+        partition=partition_of(config.algorithm),
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
@@ -236,8 +237,10 @@ def check_gate(update: int, watched: dict[str, float]) -> None:
     Raises:
         RouterError: At one of the first updates the gradient of the router is exactly zero.
     """
-    if update <= GATE_STEPS and watched.get("gradient norm of router", 1.0) == 0.0:
-        raise RouterError(f"step {update}: the router gets no gradient, so it cannot train")
+    norms = {k: v for k, v in watched.items() if k.startswith("gradient norm of ")}
+    still = [k.split()[-1] for k, v in norms.items() if k.endswith("router") and v == 0.0]
+    if update <= GATE_STEPS and still:
+        raise RouterError(f"step {update}: the {still[0]} gets no gradient, so it cannot train")
 
 
 def validate(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.measures.interval import wilson
+from pipeline.tradeoff import WORST, Curve
 
 Row = Mapping[str, Any]  # {"step": int, "values": {metric: number}}
 
@@ -96,4 +97,35 @@ def plot_waterfall(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     names = ["no attack" if name == "sa" else name.removeprefix("ra_") for name, *_ in rows]
     axes.set_xticks(range(len(rows) + 1), [*names, "stand"], rotation=30, ha="right")
     axes.set_ylim(0, 1.12 * n)
+    figure.savefig(path, dpi=150)
+
+
+def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
+    """Draw worst robust against standard accuracy, alpha at each point, with 95% intervals."""
+    n = curves[0].points[0].images
+    title, worst = f"Dual models over alpha ({n} test images)", "RA, worst of all attacks (%)"
+    figure, axes = _axes(title, "SA (%)", worst, (6.8, 4.8))
+    for place, curve in enumerate(curves):
+        drawn = [p for p in curve.points if WORST in p.metrics and "test/sa" in p.metrics]
+        x, y = ([100 * p.metrics[name] for p in drawn] for name in ("test/sa", WORST))
+        spread = [
+            [
+                [abs(100 * p.metrics[f"{name}_{end}"] - 100 * p.metrics[name]) for p in drawn]
+                for end in ("low", "high")
+            ]
+            for name in ("test/sa", WORST)
+        ]
+        style = {"color": f"C{place}", "marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.errorbar(
+            x, y, xerr=spread[0], yerr=spread[1], elinewidth=0.4, label=curve.name, **style
+        )
+        for point, *at in zip(drawn, x, y, strict=True):
+            words = f"{point.alpha:g}"
+            axes.annotate(words, at, (4, 4), textcoords="offset points", fontsize=7)
+            if alone := {0.0: ("standard", "s"), 1.0: ("robust", "^")}.get(point.alpha):
+                label = f"{curve.name}: {alone[0]} model alone"
+                axes.plot(*at, alone[1], color=f"C{place}", markersize=9, label=label)
+            if point.alpha == curve.trained:
+                axes.plot(*at, "*", color=f"C{place}", markersize=13, label="joint, as trained")
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

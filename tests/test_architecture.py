@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema"),
+    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
@@ -38,7 +38,7 @@ ORDER = (
     ("worker", "preflight"),
     ("train", "data_tool", "report"),
     ("shards",),
-    ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {

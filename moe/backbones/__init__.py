@@ -1,6 +1,10 @@
 """Every backbone by name. A new one is a file here and a line below."""
 
+from dataclasses import replace
+from typing import Any
+
 from moe.backbones.densenet import DenseNet
+from moe.backbones.dual import DualNetworks
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.protocols import Backbone as Backbone
 from moe.backbones.protocols import RouterScope as RouterScope
@@ -18,4 +22,16 @@ BACKBONES: dict[str, type[Backbone]] = {
     "densenet": DenseNet,
     "vit": ViT,
     "mixture": NetworkMixture,
+    "dual": DualNetworks,
 }
+
+
+def dense_twin(backbone: Any) -> Backbone:
+    """Return what a backbone is compared with: one expert of full width, no router.
+
+    Of a dual model that of its robust half.
+    """
+    if isinstance(backbone, DualNetworks):
+        return dense_twin(backbone.robust)
+    twin: Backbone = replace(backbone, num_experts=1, ratio=1.0)
+    return twin

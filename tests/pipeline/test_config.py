@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from moe.backbones import BACKBONES
+from moe.backbones.dual import DualNetworks
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
 from moe.backbones.vit import ViT
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
@@ -265,11 +267,12 @@ COMPONENTS = [
     *(
         Config(backbone=kind(num_experts=5, ratio=0.3))
         for kind in BACKBONES.values()
-        if kind is not ViT
+        if kind not in (ViT, DualNetworks)
     ),
     Config(backbone=NetworkMixture(expert=ViT(size="small", patch=2), router="cnn")),
     Config(backbone=ViT(ratio=0.3), algorithm=Standard()),
-    *(Config(algorithm=kind()) for kind in ALGORITHMS.values() if kind is not Sparse),
+    *(Config(algorithm=kind()) for kind in ALGORITHMS.values() if kind not in (Sparse, JTDMoE)),
+    Config(algorithm=JTDMoE(beta=2.0), backbone=DualNetworks(standard=Small(ratio=0.3), alpha=0.2)),
     Config(algorithm=Sparse(pretrain=0.3), backbone=Small(num_experts=1)),
     *(Config(algorithm=AdvMoE(attack=kind(eps=0.2))) for kind in ATTACKS.values()),
     Config(evaluation=Evaluation(norm="l2", eps=1 / 3), router_lr=1e-5),
