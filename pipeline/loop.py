@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ COLLAPSED = (
 )
 
 
+Ending = Callable[[Config, Path, Session, Splits, Sequence[Mapping[str, Any]]], dict[str, float]]
+"""What becomes of a model that is trained: ``final.finish``, or ``tryout.tryout``."""
+
+
 class RouterError(RuntimeError):
     """The router gets no gradient."""
 
@@ -55,7 +59,12 @@ class Progress:
         session.tell("metrics", step=step, values=values)
 
 
-def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str, float]:  # noqa: B008
+def fit(
+    config: Config,
+    folder: Path,
+    session: Session = Session(),  # noqa: B008
+    ending: Ending = finish,
+) -> dict[str, float]:
     """Train, select and judge a model; continue where the folder's newest checkpoint ends.
 
     Works without Ray and MLflow. On one CPU worker a run that was interrupted ends with the same
@@ -64,9 +73,10 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
     Args:
         folder: The run folder: receives ``checkpoints/``, ``plots/`` and ``card.md``.
         session: Where this worker runs; the default is alone in one process.
+        ending: Judges the best model; the default does so on the test split.
 
     Returns:
-        The metrics of the test split and the cost, by name.
+        The metrics that ``ending`` finds, by name; by default those of the test split and the cost.
 
     Raises:
         NonFiniteError: A loss, gradient, score or adversarial image is not finite.
@@ -93,7 +103,7 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
     progress = resume(config, folder, session, state)
     while progress.epoch < config.epochs:
         train_epoch(config, folder, session, state, splits, progress)
-    return finish(config, folder, session, splits, progress.history)
+    return ending(config, folder, session, splits, progress.history)
 
 
 def resume(config: Config, folder: Path, session: Session, state: TrainState) -> Progress:

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 EVALUATED = "evaluated"  # tag of runs that judge another run again
-STATUSES = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
+STATUSES = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "preempted": "KILLED",
+    "stopped": "KILLED",  # by a sweep's scheduler
+    "infeasible": "KILLED",  # a point of a sweep that could not be run
+}
 RESULTS = (
     "config.json",
     "card.md",
@@ -172,7 +178,7 @@ class Tracker:
             return None
 
     def close(self, status: str, *, timeout: float = 20.0) -> bool:
-        """End the run as finished, failed or preempted; tell whether MLflow has everything.
+        """End the run with one of ``STATUSES``; tell whether MLflow has everything.
 
         What is left stays in the journal, for the next ``open`` or ``send_rest``.
         """

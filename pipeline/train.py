@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,7 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipeline.worker import Mailbox, work
+    from pipeline.worker import Mailbox
 
     ending: dict[str, Any] = {}
 
@@ -171,31 +168,52 @@ def fit_on_ray(
     with ray_cluster(config):
         gpus = capacity().get("GPU", 0) >= config.workers
         mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={
-                "config": flatten(config),
-                "folder": str(folder),
-                "mailbox": mailbox,
-            },
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-            run_config=RunConfig(
-                # a name of its own each time: our checkpoints decide where the run goes on
-                name=f"{folder.name}-{int(time.time())}",
-                storage_path=str(folder / "ray"),
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
+        trainer = make_trainer(config, folder, gpus=gpus, mailbox=mailbox)
         with delivering(mailbox, handle):
             trainer.fit()
     return ending
 
 
+def make_trainer(
+    config: Config, folder: Path, *, gpus: bool, callbacks: Sequence[Any] = (), **told: Any
+) -> Any:
+    """Make Ray Train's trainer of a run.
+
+    Args:
+        gpus: Whether each worker gets a GPU.
+        callbacks: Ray Train's, called at every report.
+        told: What ``worker.work`` wants beside config and folder.
+    """
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.worker import work
+
+    return TorchTrainer(
+        work,
+        train_loop_config={"config": flatten(config), "folder": str(folder), **told},
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        run_config=RunConfig(
+            # a name of its own each time: our checkpoints decide where the run goes on
+            name=f"{folder.name}-{int(time.time())}",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
 @contextmanager
-def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> Iterator[None]:
+def ray_cluster(
+    config: Config, check: Callable[[Config], None] = preflight, *, dashboard: bool = False
+) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS``, or start a Ray of our own that ends with the block.
+
+    Args:
+        dashboard: Whether a Ray of our own has one. Train frees the workers of a run that was
+            stopped from outside through it.
 
     Raises:
         ValueError: The run cannot work there, says ``check``.
@@ -216,7 +234,7 @@ def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> 
         runtime_env={"env_vars": passed},
         log_to_driver=False,
         logging_level="ERROR",
-        **({"include_dashboard": False} if address == "local" else {}),
+        **({"include_dashboard": dashboard} if address == "local" else {}),
     )
     try:
         check(config)

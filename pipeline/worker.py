@@ -15,8 +15,10 @@ import torch
 from pipeline import loop
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
+from pipeline.final import finish
 from pipeline.session import Event, Session
 from pipeline.state import NonFiniteError
+from pipeline.tryout import tryout
 
 HOPELESS = (NonFiniteError, loop.RouterError, CheckpointError, ValueError)
 """Errors that would come again: all workers meet them at one place, and no retry mends them."""
@@ -40,12 +42,14 @@ class Mailbox:
         return events
 
 
-def work(settings: Mapping[str, Any]) -> None:
-    """Train on this worker.
+def work(settings: Mapping[str, Any]) -> Event:
+    """Train on this worker; return how it ended, the last of its events.
 
     Args:
-        settings: ``config`` (flat), ``folder`` (absolute) and ``mailbox``.
+        settings: ``config`` (flat), ``folder`` (absolute) and ``mailbox``; of a sweep's trial its
+            name as ``trial``, which all its events then carry.
     """
+    mark = {"trial": settings["trial"]} if "trial" in settings else {}
     torch.set_num_threads(1)
     context, mailbox, last = ray.train.get_context(), settings["mailbox"], 0.0
 
@@ -55,7 +59,7 @@ def work(settings: Mapping[str, Any]) -> None:
             if time.monotonic() - last < EVERY:
                 return
             last = time.monotonic()
-        mailbox.put.remote(dict(event))
+        mailbox.put.remote({**event, **mark})
 
     session = Session(
         rank=context.get_world_rank(),
@@ -65,9 +69,15 @@ def work(settings: Mapping[str, Any]) -> None:
         report=lambda metrics: ray.train.report(dict(metrics)),
     )
     try:
-        metrics = loop.fit(read(settings["config"]), Path(settings["folder"]), session)
-        ending = {"kind": "finished", "metrics": metrics}
+        metrics = loop.fit(
+            read(settings["config"]),
+            Path(settings["folder"]),
+            session,
+            tryout if mark else finish,
+        )
+        ending: Event = {"kind": "finished", "metrics": metrics, **mark}
     except HOPELESS as error:
-        ending = {"kind": "failed", "text": f"{type(error).__name__}: {error}"}
+        ending = {"kind": "failed", "text": f"{type(error).__name__}: {error}", **mark}
     if session.rank == 0:
         ray.get(mailbox.put.remote(ending))
+    return ending
