@@ -36,7 +36,7 @@ ORDER = (
     ("loop", "masked"),
     ("worker", "preflight"),
     ("train", "data_tool", "report"),
-    ("shards",),
+    ("shards", "sweep"),
     ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
