@@ -10,7 +10,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from pipeline.cells import costs
-from pipeline.command import fail, main, read_arguments
+from pipeline.command import PREEMPTED, fail, main, read_arguments
 from pipeline.console import aligned
 from pipeline.grid.book import Book, shares
 from pipeline.grid.driver import drive
@@ -107,7 +107,8 @@ def conclude(book: Book, status: str) -> int:
         print(f"failed: {entry.key}: {entry.reason}", file=sys.stderr)
     left = sum(entry.status != "finished" for entry in book.entries)
     if status == "preempted":
-        return fail(f"stopped; {left} cell(s) left, which the same command continues", 1)
+        text = f"stopped; {left} cell(s) left, which the same command continues"
+        return fail(text, PREEMPTED)
     if failed:
         return fail(
             f"{len(failed)} of {len(book.entries)} cells failed; logs in "
