@@ -26,6 +26,10 @@ FAILURES = 3  # failures, of an elastic run in a row without a checkpoint, that 
 Say = Callable[[str], None]
 
 
+class RoomTimeoutError(RuntimeError):
+    """There was no room for the workers for too long."""
+
+
 class Stop:
     """What the user asked of the driver: nothing, to stop, or to stop at once."""
 
@@ -90,7 +94,7 @@ class Crew:
         Raises:
             KeyboardInterrupt: The user asked to stop.
             ray.train.TrainingFailedError: The workers failed too often.
-            ValueError: There is no room for the fewest workers.
+            RoomTimeoutError: There is no room for the fewest workers.
         """
         if isinstance(self.config.workers, Elastic):
             outcome = self.work_elastic()
@@ -202,7 +206,7 @@ class Crew:
         to be taken away, and an autoscaler hears of what is wanted in no other way.
 
         Raises:
-            ValueError: There is none in ``PATIENCE`` seconds.
+            RoomTimeoutError: There is none in ``PATIENCE`` seconds.
         """
         import ray
 
@@ -220,7 +224,7 @@ class Crew:
                         return count
         if self.stop.since:
             raise KeyboardInterrupt
-        raise ValueError(f"no room for {counts[0]} worker(s) on this cluster for {PATIENCE:.0f} s")
+        raise RoomTimeoutError(f"no room for {counts[0]} worker(s) in {PATIENCE:.0f} s")
 
     def newest(self) -> str:
         """Name the newest checkpoint."""
@@ -252,3 +256,9 @@ def cause(error: BaseException) -> str:
         error = inner
     lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {lines[-1].strip()}"
+
+
+def crowded_out(error: BaseException) -> bool:
+    """Tell whether nothing failed but to find room for the workers, say after a node was lost."""
+    inner = getattr(error, "controller_failure", error)
+    return isinstance(inner, RoomTimeoutError) or "StartupTimeout" in type(inner).__name__

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.command import ENVIRONMENT, PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
-from pipeline.crew import Crew, cause, listening
+from pipeline.crew import Crew, cause, crowded_out, listening
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
 from pipeline.preflight import preflight
 from pipeline.presets import PRESETS, headline, label
@@ -36,6 +36,7 @@ quickstart. The same command continues a run that did not finish.
 Settings and their defaults: python -m pipeline.train --list PRESET
 """
 POLL = 0.3  # seconds between two looks into the mailbox
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 def run(argv: list[str]) -> int:
@@ -135,9 +136,12 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
             status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
-        ending = {"text": "stopped; the same command continues from the last checkpoint"}
+        ending = {"text": f"stopped; {CONTINUES}"}
     except Exception as error:
         ending = {"text": cause(error)}
+        if crowded_out(error):
+            status = "preempted"
+            ending = {"text": f"no room for workers={config.workers} is left; {CONTINUES}"}
     finally:
         follower.close()
         sent = tracker.close(status)
