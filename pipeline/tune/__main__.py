@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from pipeline.command import fail, main, read_arguments
+from pipeline.command import PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config
 from pipeline.console import Follower, aligned
 from pipeline.places import check_lasting, owned, set_aside, shown
@@ -198,7 +198,8 @@ def conclude(book: Book, status: str) -> int:
     for entry in failed(book):
         print(f"failed: [{entry.trial}] {entry.reason}", file=sys.stderr)
     if status == "preempted":
-        return fail(f"stopped; {book.left} trial(s) left, which the same command continues", 1)
+        text = f"stopped; {book.left} trial(s) left, which the same command continues"
+        return fail(text, PREEMPTED)
     if broken := failed(book):
         return fail(
             f"{len(broken)} of {len(book.entries)} trials failed; the same command tries again", 1

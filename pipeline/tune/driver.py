@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 from pipeline.config import flatten, read
 from pipeline.console import span
-from pipeline.train import make_trainer, root_cause
+from pipeline.crew import cause, make_trainer
 from pipeline.tune.book import Book, Entry
 from pipeline.tune.schedule import Halving
 
@@ -31,12 +31,14 @@ def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str,
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    settings = read(config["config"])
     trainer = make_trainer(
-        read(config["config"]),
+        settings,
         Path(config["folder"]),
+        mailbox,
+        int(settings.workers),
         gpus=gpus,
         callbacks=[TuneReportCallback()],
-        mailbox=mailbox,
         trial=config["trial"],
     )
     trainer.fit()
@@ -124,7 +126,7 @@ class Course(tune.Callback):  # type: ignore[misc]
         name = str(trial.config["trial"])
         self.take()
         error = trial.get_error()
-        self.tell(self.book.end(name, "failed", root_cause(error) if error else "unknown"))
+        self.tell(self.book.end(name, "failed", cause(error) if error else "unknown"))
 
     def tell(self, entry: Entry) -> None:
         """Say how a trial ended."""
@@ -134,12 +136,12 @@ class Course(tune.Callback):  # type: ignore[misc]
 
 def drive(book: Book, slots: int, *, gpus: bool, say: Say) -> None:
     """Run the trials that are left, at most so many at a time, in the Ray that is joined."""
-    from pipeline.worker import Mailbox
+    from pipeline.worker import open_mailbox
 
     scheduler: Any = FIFOScheduler()
     if book.request.scheduler == "asha":
         scheduler = Halving(book.request, list(book.reports), book.note, book.halt)
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = open_mailbox()
     told = tune.with_parameters(attempt, mailbox=mailbox, gpus=gpus)
     tune.Tuner(
         tune.with_resources(told, HEAD),

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.cells import costs
 from pipeline.config import Config, flatten, override, parse
+from pipeline.elastic import Elastic
 from pipeline.places import run_folder
 from pipeline.presets import PRESETS
 from tune_spaces import SPACES, Space
@@ -140,6 +141,8 @@ def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> Request
     own = {key: parse(key, settings[key], kind) for key, kind in OWN.items() if key in settings}
     rest = {key: value for key, value in settings.items() if key not in OWN}
     base = override(PRESETS[preset](), {"workers": space.workers, **rest})
+    if isinstance(base.workers, Elastic):
+        raise ValueError(f"workers must be a whole number for a sweep, got {base.workers}")
     keys = {key: sampler for key, sampler in space.keys.items() if key not in rest}
     known = flatten(base)
     if lacking := [key for key in keys if key not in known]:
