@@ -16,7 +16,7 @@ from pipeline.config import flatten, read
 from pipeline.console import span
 from pipeline.crew import cause, make_trainer
 from pipeline.tune.book import Book, Entry
-from pipeline.tune.schedule import Halving
+from pipeline.tune.schedule import Halving, Unkept
 
 HEAD = {"node:__internal_head__": 0.001}
 """What a trial's own process takes: no CPU, which its workers would wait for in vain."""
@@ -45,7 +45,7 @@ def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str,
     return {"ended": True}
 
 
-class Chooser(Searcher):  # type: ignore[misc]
+class Chooser(Unkept, Searcher):  # type: ignore[misc]
     """Hands Tune the trials of the book."""
 
     def __init__(self, book: Book, say: Say):
@@ -85,7 +85,7 @@ def as_told(book: Book, entry: Entry) -> dict[str, Any]:
     }
 
 
-class Course(tune.Callback):  # type: ignore[misc]
+class Course(Unkept, tune.Callback):  # type: ignore[misc]
     """Follows the trials from Tune's own loop: events to MLflow, ends to the book."""
 
     def __init__(self, book: Book, mailbox: Any, say: Say):

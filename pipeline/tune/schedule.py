@@ -14,7 +14,17 @@ Report = tuple[str, int, float]
 """A trial, how many epochs it has trained, and the watched metric there."""
 
 
-class Halving(FIFOScheduler):  # type: ignore[misc]
+class Unkept:
+    """A part of a sweep that leaves nothing in Tune's snapshots: the book is what is kept.
+
+    It holds threads and open files, which no pickle takes.
+    """
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class Halving(Unkept, FIFOScheduler):  # type: ignore[misc]
     """Stops trials that fall behind (asynchronous successive halving, arXiv:1810.05934).
 
     Decisions are Ray's ``ASHAScheduler``'s, whose trials are named as in the book: Tune names a
