@@ -11,6 +11,7 @@ from rich.console import Console
 from pipeline.command import PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config
 from pipeline.console import Follower, aligned
+from pipeline.crew import cause
 from pipeline.places import check_lasting, owned, set_aside, shown
 from pipeline.preflight import capacity, preflight
 from pipeline.train import ray_cluster, stoppable
@@ -120,13 +121,18 @@ def carry_out(request: Request, follower: Follower) -> int:
             status = "failed" if failed(book) else "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
+    except ValueError:  # bad input, said by whoever found it
+        raise
+    except Exception as error:
+        return fail(cause(error), 1)
     finally:
         follower.close()
         sent = book.close(status)
-    say(outcome(book))
+    if book.entries:
+        say(outcome(book))
+        say(f"run {book.tracker.run_id}; see it with: {book.tracker.ui_hint()}")
     if not sent:
         say("warning: MLflow does not have everything yet; the same command sends it")
-    say(f"run {book.tracker.run_id}; see it with: {book.tracker.ui_hint()}")
     return conclude(book, status)
 
 
@@ -172,8 +178,11 @@ def answer(book: Book, say: Say) -> None:
     if not (run := book.tracker.run_id) or book.tracker.problem:
         say("warning: MLflow is away, so no answer is drawn; the same command draws it")
         return
-    folder = book.folder / "answer"
-    written = write_answer(run, folder, book.request.base.tracking_uri or None)
+    try:
+        written = write_answer(run, book.folder / "answer", book.request.base.tracking_uri or None)
+    except ConnectionError as error:
+        say(f"warning: no answer is drawn: {error}; the same command draws it")
+        return
     book.tracker.upload(book.folder, [str(path.relative_to(book.folder)) for path in written])
     for path in written:
         say(f"answer: {shown(path)}")

@@ -226,6 +226,8 @@ class Book:
 
     def close(self, status: str) -> bool:
         """End the MLflow runs that are open; tell whether MLflow has everything."""
+        if self._tracker is None:
+            return True
         for trial in list(self._open):
             self.end(trial, "preempted" if status == "preempted" else "failed")
         for name in (*OVER, "failed"):
