@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipeline.report.grouping import fraction, short
-from pipeline.sweep.trials import Sweep, Trial
+from pipeline.sweep.trials import Sweep, Trial, is_share
 
 
 def conditions(sweep: Sweep, compared: Sequence[Trial]) -> list[str]:
@@ -19,12 +19,25 @@ def conditions(sweep: Sweep, compared: Sequence[Trial]) -> list[str]:
         return lines
     lines.append(f"{judged_on(sweep, compared)}; {threat(compared)}.")
     lines.append(trained(sweep, compared))
+    if half := widest(sweep, compared):
+        lines.append(
+            f"An interval reaches up to {100 * half:.1f} points to either side: trials closer than "
+            "that are not told apart, whichever of them is on the front."
+        )
     if len(seeds := {trial.run.seed for trial in compared}) == 1:
         lines.append(
             f"One seed ({seeds.pop()}): nothing is said of the spread between seeds. Many trials "
             "judged on the same images: the best of them is flattered by its choice."
         )
     return lines
+
+
+def widest(sweep: Sweep, trials: Sequence[Trial]) -> float:
+    """How far the shares' intervals reach at most; 0 where they have none."""
+    axes = [axis.metric for axis in sweep.axes if is_share(axis.metric)]
+    found = [trial.share(metric) for trial in trials for metric in axes]
+    halves = [(s.high - s.low) / 2 for s in found if s is not None and s.high == s.high]
+    return max(halves, default=0.0)
 
 
 def ended(sweep: Sweep) -> str:
@@ -58,15 +71,15 @@ def trained(sweep: Sweep, trials: Sequence[Trial]) -> str:
 
     images = each("dataset.train_images")
     told = [
-        f"dataset {each('dataset')}, training images {'all' if images == 'None' else images}",
+        f"{each('dataset')}, training images {'all' if images == 'None' else images}",
         f"epochs {each('epochs')}",
         f"seed {each('seed')}",
     ]
-    for name in ("commit", "hardware"):
-        own = listed(trial.run.tags[name] for trial in trials if name in trial.run.tags)
-        if found := own or sweep.parent.tags.get(name, ""):
-            told.append(f"{name} {found}")
-    return "; ".join(told).capitalize() + "."
+    for name, most in (("commit", 12), ("hardware", 120)):
+        own = [trial.run.tags[name] for trial in trials if name in trial.run.tags]
+        if found := own or [tag for tag in [sweep.parent.tags.get(name)] if tag]:
+            told.append(f"{name} {listed(tag[:most] for tag in found)}")
+    return f"Trained on {'; '.join(told)}."
 
 
 def listed(values: Iterable[str]) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.report.grouping import fraction, short
+from pipeline.report.grouping import fraction, place, short
 from pipeline.report.statistics import Estimate
-from pipeline.sweep.trials import COSTS, SHARES, Sweep, Trial, title_of
+from pipeline.sweep.trials import COSTS, SHARES, STATUSES, Sweep, Trial, is_share, title_of
 
 PIXELS = ("eps", "step_size")  # settings in units of [0, 1], shown in 255ths
 
@@ -22,13 +22,15 @@ class Table:
 
     Attributes:
         links: Trial number of each row, for a page to jump to; empty where a row is no trial.
+        words: Columns that hold words, not numbers.
     """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     links: tuple[str, ...] = ()
-    words: int = 1  # columns to the left that are words, not numbers
+    words: tuple[str, ...] = ("trial", "ended")
+    notes: tuple[str, ...] = ()
 
 
 def front_table(sweep: Sweep, front: Sequence[Trial]) -> Table:
@@ -41,6 +43,7 @@ def others_table(sweep: Sweep, front: Sequence[Trial]) -> Table:
     """Lay out every other trial, with how it ended."""
     members = {trial.number for trial in front}
     rest = [trial for trial in sweep.trials if trial.number not in members]
+    rest.sort(key=lambda trial: place(STATUSES, trial.status))
     return trials_table(f"The other trials, {len(rest)}", sweep, rest, ended=True)
 
 
@@ -60,19 +63,26 @@ def trials_table(
     title: str, sweep: Sweep, trials: Sequence[Trial], *, ended: bool = False
 ) -> Table:
     """Lay out trials: what was searched, the shares with their intervals, the costs."""
-    metrics = columns_of("val", sweep.trials)
-    costs = [name for name in COSTS if any(t.value(name) is not None for t in sweep.trials)]
-    extra = [a.metric for a in sweep.axes if a.metric not in (*metrics, *costs)]
-    header = ("trial", *(("ended",) if ended else ()), *short_keys(sweep.keys))
-    header += (*map(title_of, metrics), *map(title_of, costs), *map(title_of, extra))
+    shares = columns_of("val", sweep.trials)
+    axes = [axis.metric for axis in sweep.axes]
+    rest = [name for name in (*shares, *COSTS) if name not in axes]
+    rest = [name for name in rest if any(t.value(name) is not None for t in sweep.trials)]
+    header = ("trial", *map(title_of, axes), *short_keys(sweep.keys), *map(title_of, rest))
     rows = []
     for trial in trials:
-        cells = [trial.number, *([outcome(trial)] if ended else [])]
+        cells = [trial.number, *(number(trial, name) for name in axes)]
         cells += [shown(key, trial.run.params.get(key)) for key in sweep.keys]
-        cells += [percent(trial.share(name)) for name in metrics]
-        cells += [cost(name, trial.value(name)) for name in (*costs, *extra)]
-        rows.append(tuple(cells))
-    return Table(title, header, tuple(rows), tuple(t.number for t in trials), 2 if ended else 1)
+        cells += [number(trial, name) for name in rest]
+        rows.append((*cells, *([outcome(trial)] if ended else [])))
+    header += ("ended",) if ended else ()
+    return Table(title, header, tuple(rows), tuple(trial.number for trial in trials))
+
+
+def number(trial: Trial, metric: str) -> str:
+    """Write what a trial reached, in the metric's unit."""
+    if is_share(metric):
+        return percent(trial.share(metric))
+    return cost(metric, trial.value(metric))
 
 
 def columns_of(split: str, trials: Sequence[Trial]) -> list[str]:
@@ -133,7 +143,7 @@ def cost(metric: str, value: float | None) -> str:
 def as_markdown(table: Table) -> str:
     """Write a table as Markdown; bars, line breaks and tags in its text cannot break it."""
     lines = [f"| {' | '.join(map(safe, table.header))} |"]
-    lines += [f"|{'---|' * table.words}{'---:|' * (len(table.header) - table.words)}"]
+    lines += [f"|{''.join('---|' if name in table.words else '---:|' for name in table.header)}"]
     lines += [f"| {' | '.join(map(safe, row))} |" for row in table.rows]
     return "\n".join(lines)
 

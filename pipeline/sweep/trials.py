@@ -148,6 +148,11 @@ def is_finite(value: float) -> bool:
     return math.isfinite(value) and abs(value) < HUGE
 
 
+def is_share(metric: str) -> bool:
+    """Tell a share of images from a cost."""
+    return metric.startswith(("val/", "test/"))
+
+
 def title_of(metric: str) -> str:
     """Name a metric in a table."""
     split, _, name = metric.partition("/")
