@@ -87,7 +87,7 @@ class Book:
             tracking_uri=request.base.tracking_uri,
             experiment=request.base.experiment,
             name=self.folder.name,
-            params={**{k: str(v) for k, v in self.plan().items()}, **self.varied({})},
+            params={key: str(value) for key, value in self.plan().items()},
             tags={
                 "commit": commit(),
                 KIND: "sweep",

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.cells import costs
 from pipeline.presets import PRESETS
+from pipeline.tracking import resolve_run
 from pipeline.tune.__main__ import run as sweep
 from pipeline.tune.book import Book, Entry
 from pipeline.tune.finalists import front
@@ -325,6 +326,9 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
     expected = stops(reports, 2, grace=1, reduction=2)
     assert {n for n, status in statuses.items() if status == "stopped"} == set(expected)
     assert set(statuses.values()) == {"finished", "stopped", "infeasible"}, "choose another seed"
+
+    latest = resolve_run(f"sqlite:///{command.home}/mlflow.db", "latest", "robust-moe")
+    assert latest in {run.info.run_id for run in children.values()}  # the parent has no model
 
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"sweep.json", "answer"} <= files
