@@ -8,7 +8,7 @@ JTDMOE = Space(
     title="JTDMoE: share alpha of the robust model, experts that are robustified, weight, rate",
     preset="jtdmoe_cifar10_small",
     keys={
-        "algorithm.alpha": tune.uniform(0.5, 1.0),
+        "backbone.alpha": tune.uniform(0.5, 0.95),
         "algorithm.robustify": tune.choice(["second", "all"]),
         "algorithm.beta": tune.loguniform(1.0, 12.0),
         "lr": tune.loguniform(0.01, 0.3),

@@ -130,22 +130,27 @@ class Book:
 
         Points that cannot be run are noted, with the reason, on the way.
         """
-        for entry in self.entries:
-            if not entry.over and entry.trial not in self._open:
-                return self.start(entry, prospect(self.request, entry.trial, entry.point))
-        while len(self.entries) < self.request.samples:
-            index = len(self.entries)
-            point = next_point(self.request, index, self.known())
-            entry = Entry(f"{index:03d}", point)
-            self.entries.append(entry)
-            found = prospect(self.request, entry.trial, point)
+        while (entry := self.turn()) is not None:
+            found = prospect(self.request, entry.trial, entry.point)
             self.start(entry, found)
             if not found.reason:
                 return entry
             self.end(entry.trial, "infeasible", found.reason)
         return None
 
-    def start(self, entry: Entry, found: Prospect) -> Entry:
+    def turn(self) -> Entry | None:
+        """Return the trial whose turn it is, with a new point if need be."""
+        for entry in self.entries:
+            if (
+                not entry.over and entry.trial not in self._began
+            ):  # a failure waits for the next time
+                return entry
+        if (index := len(self.entries)) >= self.request.samples:
+            return None
+        self.entries.append(Entry(f"{index:03d}", next_point(self.request, index, self.known())))
+        return self.entries[-1]
+
+    def start(self, entry: Entry, found: Prospect) -> None:
         """Open or continue the MLflow run of a trial, and tell it what its net costs."""
         config, folder = found.config, self.request.trial_folder(entry.trial)
         parent = self.tracker.run_id
@@ -167,7 +172,6 @@ class Book:
         entry.status, entry.reason = "running", ""
         entry.metrics |= found.costs
         self.write()
-        return entry
 
     def entry(self, trial: str) -> Entry:
         """Find a trial."""
@@ -199,7 +203,7 @@ class Book:
         """Note the end of a trial, and end its MLflow run."""
         entry, tracker = self.entry(trial), self._open.pop(trial)
         entry.status, entry.reason = status, reason
-        entry.seconds += time.monotonic() - self._began.pop(trial)
+        entry.seconds += time.monotonic() - self._began[trial]
         if reason:
             tracker.handle({"kind": "tag", "key": "reason", "value": reason})
         tracker.close(status, timeout=5.0 if status == "preempted" else 20.0)
