@@ -141,9 +141,8 @@ class Book:
     def turn(self) -> Entry | None:
         """Return the trial whose turn it is, with a new point if need be."""
         for entry in self.entries:
-            if (
-                not entry.over and entry.trial not in self._began
-            ):  # a failure waits for the next time
+            tried = entry.trial in self._began  # what fails now waits for the next process
+            if not (entry.over or tried):
                 return entry
         if (index := len(self.entries)) >= self.request.samples:
             return None
