@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.elastic import ends
 
 PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
 LEAST_FREE = 0.06  # share of a disk: Ray stops making objects when 5% are left
@@ -83,7 +84,7 @@ def capacity() -> dict[str, float]:
 
 def shortage(workers: int, has: Mapping[str, float]) -> str:
     """Say what a run of so many workers lacks; empty: nothing."""
-    if (cpus := has.get("CPU", 0)) < workers:
+    if (cpus := has.get("CPU", 0)) < ends(workers)[0]:
         return f"workers must be at most the cluster's {cpus:.0f} CPUs, got {workers}"
     return ""
 

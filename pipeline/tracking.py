@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 EVALUATED = "evaluated"  # tag of runs that judge another run again
-STATUSES = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
+PARENTS = ("grid", "robust_moe.kind")  # tags of runs that have no model, but children that do
+STATUSES = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "preempted": "KILLED",
+    "stopped": "KILLED",  # by a sweep's scheduler
+    "infeasible": "KILLED",  # a point of a sweep that could not be run
+}
 RESULTS = (
     "config.json",
     "card.md",
@@ -172,7 +179,7 @@ class Tracker:
             return None
 
     def close(self, status: str, *, timeout: float = 20.0) -> bool:
-        """End the run as finished, failed or preempted; tell whether MLflow has everything.
+        """End the run with one of ``STATUSES``; tell whether MLflow has everything.
 
         What is left stays in the journal, for the next ``open`` or ``send_rest``.
         """
@@ -431,7 +438,7 @@ def find_run(client: Any, run: str, experiment: str, shown: str) -> str:
     newest = client.search_runs(
         [record.experiment_id], finished, max_results=50, order_by=["attributes.end_time DESC"]
     )
-    newest = [found for found in newest if EVALUATED not in found.data.tags][:5]
+    newest = [found for found in newest if not {EVALUATED, *PARENTS} & found.data.tags.keys()][:5]
     if run == "latest" and newest:
         return str(newest[0].info.run_id)
     what = "no finished run" if run == "latest" else f"no run {run!r}"

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import ENVIRONMENT, fail, main, read_arguments
+from pipeline.command import ENVIRONMENT, PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
+from pipeline.crew import Crew, cause, crowded_out, listening
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
-from pipeline.preflight import capacity, preflight
+from pipeline.preflight import preflight
 from pipeline.presets import PRESETS, headline, label
 from pipeline.tracking import Tracker, send_rest
 
@@ -36,6 +36,7 @@ quickstart. The same command continues a run that did not finish.
 Settings and their defaults: python -m pipeline.train --list PRESET
 """
 POLL = 0.3  # seconds between two looks into the mailbox
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 def run(argv: list[str]) -> int:
@@ -135,16 +136,20 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
             status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
-        ending = {"text": "stopped; the same command continues from the last checkpoint"}
+        ending = {"text": f"stopped; {CONTINUES}"}
     except Exception as error:
-        ending = {"text": root_cause(error)}
+        ending = {"text": cause(error)}
+        if crowded_out(error):
+            status = "preempted"
+            ending = {"text": f"no room for workers={config.workers} is left; {CONTINUES}"}
     finally:
         follower.close()
         sent = tracker.close(status)
     if not sent:
         follower.say("warning: MLflow does not have everything yet; the same command sends it")
     if status != "finished":
-        return fail(ending.get("text", "the workers ended without a result"), 1)
+        text = ending.get("text", "the workers ended without a result")
+        return fail(text, PREEMPTED if status == "preempted" else 1)
     follower.results(config.name, ending["metrics"])
     follower.say(f"run {tracker.run_id}; run folder {shown(folder)}")
     follower.say(f"see it with: {tracker.ui_hint()}")
@@ -155,47 +160,34 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipeline.worker import Mailbox, work
+    from pipeline.worker import open_mailbox
 
     ending: dict[str, Any] = {}
 
     def handle(event: Mapping[str, Any]) -> None:
-        if event["kind"] in ("finished", "failed"):
+        if event["kind"] in ("finished", "failed", "stopped"):
             ending.update(event)
+        if event["kind"] == "judging":
+            ending["judging"] = True
         tracker.handle(event)
         follower.handle(event)
 
-    with ray_cluster(config):
-        gpus = capacity().get("GPU", 0) >= config.workers
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={
-                "config": flatten(config),
-                "folder": str(folder),
-                "mailbox": mailbox,
-            },
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-            run_config=RunConfig(
-                # a name of its own each time: our checkpoints decide where the run goes on
-                name=f"{folder.name}-{int(time.time())}",
-                storage_path=str(folder / "ray"),
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
+    with ray_cluster(config), listening(follower.say) as stop:
+        mailbox = open_mailbox()
         with delivering(mailbox, handle):
-            trainer.fit()
+            Crew(config, folder, mailbox, stop, ending, handle).work()
     return ending
 
 
 @contextmanager
-def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> Iterator[None]:
+def ray_cluster(
+    config: Config, check: Callable[[Config], None] = preflight, *, dashboard: bool = False
+) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS``, or start a Ray of our own that ends with the block.
+
+    Args:
+        dashboard: Whether a Ray of our own has one. Train frees the workers of a run that was
+            stopped from outside through it.
 
     Raises:
         ValueError: The run cannot work there, says ``check``.
@@ -216,7 +208,7 @@ def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> 
         runtime_env={"env_vars": passed},
         log_to_driver=False,
         logging_level="ERROR",
-        **({"include_dashboard": False} if address == "local" else {}),
+        **({"include_dashboard": dashboard} if address == "local" else {}),
     )
     try:
         check(config)
@@ -308,17 +300,6 @@ def show_finished(config: Config, follower: Follower, result: Mapping[str, Any])
     follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
     follower.say(f"see it with: {result['ui']}")
     return 0
-
-
-def root_cause(error: BaseException) -> str:
-    """Say in one line why Ray Train gave up."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
-        error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
 
 
 def commit() -> str:
