@@ -26,6 +26,7 @@ C = TypeVar("C")
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "dataset": DATASETS,
     "backbone": BACKBONES,
+    "expert": BACKBONES,
     "algorithm": ALGORITHMS,
     "attack": ATTACKS,
 }
