@@ -36,6 +36,9 @@ CONSTANT = frozenset(
 )
 NORMS = frozenset("native_batch_norm cudnn_batch_norm _batch_norm_no_update".split())
 PRODUCTS = frozenset("mm bmm baddbmm addmm".split())
+AFFINE = (
+    (CARRIED - {"amax"}) | NORMS | frozenset("add sub mul div addcmul neg convolution addmm mm".split())
+)
 EXCLUDED = (
     "transformers are left out: attention has no global Lipschitz constant "
     "(Kim et al., ICML 2021, arXiv:2006.04710)"
@@ -54,11 +57,13 @@ class Reach:
         each: Constant of every entry, in the shape of the output.
         rows_KF, inner_F: Where the output is a linear map of features: its weights, and the
             constants of the features. Differences of outputs then have less than their sum.
+        affine: Whether the whole function is affine in the pixels.
     """
 
     each: Tensor
     rows_KF: Tensor | None = None
     inner_F: Tensor | None = None
+    affine: bool = False
 
     @property
     def pairs(self) -> Tensor:
@@ -97,8 +102,38 @@ def reach(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Reach:
         out = function(image)
     found = tracker.find(out)
     if found is None:
-        return Reach(torch.zeros_like(out))
-    return Reach(found.each * ROUND_UP, found.rows_KF, found.inner_F)
+        return Reach(torch.zeros_like(out), affine=True)
+    affine = tracker.names <= AFFINE
+    return Reach(found.each * ROUND_UP, found.rows_KF, found.inner_F, affine)
+
+
+def affine_rows(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Tensor | None:
+    """Read the matrix (K, C H W) of a function that is affine in the pixels; None: it is not.
+
+    Raises:
+        NoBoundError: As ``reach``, which tells.
+    """
+    return _rows(function, image_1CHW) if reach(function, image_1CHW).affine else None
+
+
+def difference_constants(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Tensor:
+    """Bound the differences of K outputs, (K, K); exact where the function is affine.
+
+    Raises:
+        NoBoundError: As ``reach``.
+    """
+    found = reach(function, image_1CHW)
+    if not found.affine:
+        return found.pairs
+    rows_KD = _rows(function, image_1CHW)
+    return torch.cdist(rows_KD, rows_KD, p=1) * ROUND_UP
+
+
+def _rows(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Tensor:
+    blank = torch.zeros_like(image_1CHW)
+    slopes = torch.autograd.functional.jacobian(function, blank)  # type: ignore[no-untyped-call]
+    rows_KD: Tensor = slopes.reshape(-1, blank.numel()).detach()
+    return rows_KD
 
 
 class _Tracker(TorchDispatchMode):
@@ -107,6 +142,7 @@ class _Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, tuple[Tensor, Reach]] = {}
+        self.names: set[str] = set()
 
     def keep(self, tensor: Tensor, found: Reach) -> None:
         self.known[id(tensor)] = tensor, found  # the reference keeps the id its own
@@ -125,6 +161,7 @@ class _Tracker(TorchDispatchMode):
         if not moving or name in CONSTANT:
             return out
         base = name.removesuffix("_")
+        self.names.add(base)
         call = _Call(base, getattr(torch.ops.aten, base), args, kwargs, moving, self)
         found = call.bound()
         if base != name:
@@ -186,6 +223,8 @@ class _Call:
             return [Reach(parts[0] + abs(self.kwargs.get("alpha", 1)) * parts[1])]
         if name in ("mul", "div") and alone and (name == "mul" or self.moving[0] is first):
             return [Reach(self._scaled())]
+        if name in ("maximum", "minimum"):
+            return [Reach(torch.maximum(*(self.each(item) for item in self.args)))]
         if name == "addcmul" and alone and self.moving[0] is self.args[1]:
             size = abs(self.kwargs.get("value", 1))
             return [Reach(self.each(self.args[1]) * self.args[2].abs() * size)]

@@ -88,6 +88,7 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
         ema=WeightAverage(config.ema_decay),
         label_smoothing=config.label_smoothing,
         clip_norm=config.clip_norm,
+        norm_bound=config.norm_bound,
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)

@@ -1,6 +1,7 @@
 """Every backbone by name. A new one is a file here and a line below."""
 
 from moe.backbones.densenet import DenseNet
+from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.protocols import Backbone as Backbone
 from moe.backbones.protocols import RouterScope as RouterScope
@@ -16,4 +17,5 @@ BACKBONES: dict[str, type[Backbone]] = {
     "vgg16": VGG16,
     "densenet": DenseNet,
     "mixture": NetworkMixture,
+    "lipschitz": Lipschitz,
 }
