@@ -100,23 +100,12 @@ class Mixture(Network):
         scores_BE = self.router_scores(x_BCHW)
         chosen_BC = best(scores_BE, self.top_k)
         if self.top_k == self.num_experts:
-            mixed_BK = self.combine(scores_BE, self.experts_logits(x_BCHW))
+            scores_BC, logits_BCK = scores_BE, self.experts_logits(x_BCHW)
         else:
+            scores_BC = scores_BE.gather(1, chosen_BC)
             logits_BCK = self._dispatch(x_BCHW, chosen_BC)
-            mixed_BK = self.combine(scores_BE.gather(1, chosen_BC), logits_BCK)
+        mixed_BK = mixed(scores_BC, logits_BCK, self.gate, self.mix, self.gate_gradient)
         return Routed(mixed_BK, scores_BE, chosen_BC[:, 0])
-
-    def combine(self, scores_BC: Tensor, logits_BCK: Tensor) -> Tensor:
-        """Mix the outputs of the experts that take part, weighted by their scores: (B, K)."""
-        z_BCK = logits_BCK if self.mix == "logits" else logits_BCK.log_softmax(2)
-        if self.gate == "hard":
-            gate_BC = torch.ones_like(scores_BC)
-            if self.gate_gradient:
-                gate_BC = gate_BC + scores_BC - scores_BC.detach()
-            return gate_BC * z_BCK[:, 0]
-        if self.mix == "logits":
-            return torch.einsum("bc,bck->bk", scores_BC.softmax(1), z_BCK)
-        return torch.logsumexp(scores_BC.log_softmax(1)[:, :, None] + z_BCK, 1)
 
     def along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
         """Classify each image by one given expert alone; return that expert's logits (B, K).
@@ -164,6 +153,19 @@ def check_gate(gate: str, top_k: int, num_experts: int, mix: str) -> None:
 def best(scores_BE: Tensor, top_k: int) -> Tensor:
     """Name the best experts of each image, best first (B, C); ties go to the lowest index."""
     return scores_BE.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+def mixed(
+    scores_BC: Tensor, logits_BCK: Tensor, gate: Gate, mix: Mix, gate_gradient: bool = False
+) -> Tensor:
+    """Mix the outputs of the experts that take part, as ``Mixture`` says: (B, K)."""
+    z_BCK = logits_BCK if mix == "logits" else logits_BCK.log_softmax(2)
+    if gate == "hard":
+        tie_BC = scores_BC - scores_BC.detach() if gate_gradient else torch.zeros_like(scores_BC)
+        return (1.0 + tie_BC) * z_BCK[:, 0]
+    if mix == "logits":
+        return torch.einsum("bc,bck->bk", scores_BC.softmax(1), z_BCK)
+    return torch.logsumexp(scores_BC.log_softmax(1)[:, :, None] + z_BCK, 1)
 
 
 def logits(expert: Network, x_BCHW: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
 ELSEWHERE = (
     "dataset.path",
     "dataset.reader",
+    "backbone.weights",
+    "backbone.expert.weights",
     "storage",
     "tracking_uri",
     "experiment",
@@ -238,7 +240,8 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
         if rest:
             inner.setdefault(name, {})[rest] = value
         elif name in REGISTRIES:
-            new[name] = _switch(prefix, name, value, getattr(node, name))
+            own = {key.split(".")[1] for key in changes if key.startswith(f"{name}.")}
+            new[name] = _switch(prefix, name, value, getattr(node, name), own)
         elif is_dataclass(getattr(node, name)):
             raise ValueError(f"{prefix + name} has keys of its own, such as {prefix + name}.eps")
         else:
@@ -254,7 +257,8 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
         raise ValueError(prefix + str(error)) from None
 
 
-def _switch(prefix: str, name: str, value: Any, old: Any) -> Any:
+def _switch(prefix: str, name: str, value: Any, old: Any, own: set[str]) -> Any:
+    """Change a component; ``own`` are the keys that are set anyway, and so not kept."""
     if value not in (registry := REGISTRIES[name]):
         raise ValueError(f"no {prefix + name} {value!r}, only {', '.join(registry)}")
     kind = registry[value]
@@ -263,7 +267,10 @@ def _switch(prefix: str, name: str, value: Any, old: Any) -> Any:
     shared = {f.name for f in fields(old)} & {f.name for f in fields(kind)}
     if name == "dataset":  # crop and flip are the data set's own unless somebody set them
         shared = {key for key in shared if getattr(old, key) != getattr(type(old)(), key)}
-    return kind(**{key: getattr(old, key) for key in shared})
+    try:
+        return kind(**{key: getattr(old, key) for key in shared - own})
+    except ValueError as error:
+        raise ValueError(f"{prefix + name}.{error}") from None
 
 
 def parse(key: str, value: Any, hint: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.diagnostics import load
-from pipeline import checkpoint
+from pipeline import checkpoint, pretrained
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.augmentation import Augmentation
@@ -105,6 +105,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
+        pretrained.start(config, state.model)
         return Progress()
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
     if stage := meta.get("stage", 0):

@@ -23,6 +23,7 @@ ORDER = (
         "presets",
         "optim",
         "checkpoint",
+        "pretrained",
         "stages",
         "plots",
         "route_plots",

@@ -8,6 +8,7 @@ from moe.backbones.protocols import RouterScope as RouterScope
 from moe.backbones.resnet import ResNet18
 from moe.backbones.small import Small
 from moe.backbones.vgg import VGG16
+from moe.backbones.vit import ViT
 from moe.backbones.wide_resnet import WideResNet
 
 BACKBONES: dict[str, type[Backbone]] = {
@@ -16,6 +17,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "wrn28_10": WideResNet,
     "vgg16": VGG16,
     "densenet": DenseNet,
+    "vit": ViT,
     "mixture": NetworkMixture,
     "lipschitz": Lipschitz,
 }

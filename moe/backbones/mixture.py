@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe.backbones.parts import Activation, check
+from moe.backbones.parts import check
 from moe.backbones.protocols import Backbone, RouterScope
 from moe.backbones.small import Small
 from moe.mixture import Gate, LinearRouter, Mix, Mixture, check_gate
@@ -43,7 +43,7 @@ class NetworkMixture:
     mix: Mix = "probabilities"
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
+        check(self.num_experts, self.ratio, self.router_scope)
         if self.router_scope != "shared":
             raise ValueError(
                 f"router_scope must be shared for whole networks, got {self.router_scope!r}"
@@ -56,11 +56,6 @@ class NetworkMixture:
         if self.router not in ("linear", "cnn"):
             raise ValueError(f"router must be linear or cnn, got {self.router!r}")
         check_gate(self.gate, self.top_k, self.num_experts, self.mix)
-
-    @property
-    def activation(self) -> Activation:
-        """The experts' own."""
-        return self.expert.activation
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

@@ -2,7 +2,6 @@
 
 from typing import Literal, Protocol
 
-from moe.backbones.parts import Activation
 from moe.network import Network
 
 RouterScope = Literal["shared", "per_layer"]
@@ -21,7 +20,5 @@ class Backbone(Protocol):
     def ratio(self) -> float: ...
     @property
     def router_scope(self) -> RouterScope: ...
-    @property
-    def activation(self) -> Activation: ...
 
     def build(self, num_classes: int, image_size: int) -> Network: ...

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe.backbones import BACKBONES
 from moe.network import Network
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
@@ -22,6 +21,7 @@ from pipeline.bench.step import disagreement, restart, training_state
 from pipeline.command import main
 from pipeline.masked import masked
 from pipeline.state import TrainState
+from tests.conftest import LAYERED
 
 TINY = ["backbone=small", "ratio=0.125", "batch=8", "image_size=8", "rounds=1", "threads=1"]
 ATTACK = PGD(step_size=5 / 255, steps=2, start="gaussian")
@@ -132,7 +132,7 @@ def test_plain_update_and_ours_end_in_the_same_network(
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_layer"])
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "small"])
+@pytest.mark.parametrize("name", [name for name in LAYERED if name != "small"])
 def test_plain_update_and_ours_end_in_the_same_network_of_every_backbone(
     build: Any, name: str, scope: str
 ) -> None:

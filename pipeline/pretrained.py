@@ -1,0 +1,41 @@
+"""Start from weights that somebody else trained: a file named in the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe.backbones.vit import TransformerBody
+from moe.network import Network
+from pipeline.checkpoint import sha256
+from pipeline.config import Config, flatten
+
+
+def start(config: Config, model: Network) -> None:
+    """Load the file that the backbone names, if any, into every transformer of the model.
+
+    Experts that start from the same file differ in their classifiers alone, where these are new.
+
+    Raises:
+        ValueError: The file is missing, is not the one that the config was made with, or does not
+            fit; names the key.
+    """
+    from safetensors.torch import load_file
+
+    flat = flatten(config)
+    for key in ("backbone.weights", "backbone.expert.weights"):
+        if not (path := flat.get(key)):
+            continue
+        if not Path(path).is_file():
+            raise ValueError(f"{key} must be a safetensors file that every worker sees, got {path}")
+        if (found := sha256(Path(path))) != (want := flat[f"{key}_sha256"]):
+            raise ValueError(
+                f"{key} has sha256 {found[:12]}, but {key}_sha256 is {want[:12]}: another file; "
+                f"{key}_sha256= (empty) takes it as it is"
+            )
+        weights = load_file(path)
+        for body in model.modules():
+            if isinstance(body, TransformerBody):
+                try:
+                    body.take_timm(weights)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
