@@ -62,7 +62,7 @@ class Lipschitz:
     depth: int = 2
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, "relu")
+        check(self.num_experts, self.ratio, self.router_scope)
         if self.num_experts != 1:
             raise ValueError(
                 f"num_experts must be 1, got {self.num_experts}; a mixture of such networks is "
@@ -73,11 +73,6 @@ class Lipschitz:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if scaled(self.width, self.ratio) % 2:
             raise ValueError(f"width times ratio must be even, got {self.width} x {self.ratio}")
-
-    @property
-    def activation(self) -> Literal["relu"]:
-        """Not used: MaxMin takes its place."""
-        return "relu"
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

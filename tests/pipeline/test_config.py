@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moe.backbones import BACKBONES
+from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
 from moe.backbones.vit import ViT
@@ -265,10 +266,11 @@ COMPONENTS = [
     *(
         Config(backbone=kind(num_experts=5, ratio=0.3))
         for kind in BACKBONES.values()
-        if kind is not ViT
+        if kind not in (ViT, Lipschitz)
     ),
     Config(backbone=NetworkMixture(expert=ViT(size="small", patch=2), router="cnn")),
     Config(backbone=ViT(ratio=0.3), algorithm=Standard()),
+    Config(backbone=Lipschitz(depth=3), algorithm=Standard(), norm_bound=2.5),
     *(Config(algorithm=kind()) for kind in ALGORITHMS.values() if kind is not Sparse),
     Config(algorithm=Sparse(pretrain=0.3), backbone=Small(num_experts=1)),
     *(Config(algorithm=AdvMoE(attack=kind(eps=0.2))) for kind in ATTACKS.values()),
