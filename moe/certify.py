@@ -138,9 +138,9 @@ def softmax_pairs(logits_EKK: Tensor) -> Tensor:
     largest of ``|z_y - z_l|`` and ``|z_k - z_l|`` over l. Never more than twice ``softmax_each``.
     """
     widest_EK = logits_EKK.amax(2)
-    return (
-        torch.maximum(widest_EK[:, :, None], widest_EK[:, None, :]) / 2
-    ).masked_fill(torch.eye(widest_EK.shape[1], dtype=torch.bool, device=widest_EK.device), 0)
+    return (torch.maximum(widest_EK[:, :, None], widest_EK[:, None, :]) / 2).masked_fill(
+        torch.eye(widest_EK.shape[1], dtype=torch.bool, device=widest_EK.device), 0
+    )
 
 
 def softmax_each(logits_EKK: Tensor) -> Tensor:
@@ -298,9 +298,7 @@ def _differences(
     return torch.maximum(apart_BEK, straight_BEK).clamp(min=-1)
 
 
-def route_radius(
-    seen: Seen, proven: Constants, x_BCHW: Tensor, *, box: bool = True
-) -> Tensor:
+def route_radius(seen: Seen, proven: Constants, x_BCHW: Tensor, *, box: bool = True) -> Tensor:
     """Distance within which the same experts take part, (B,); infinite where all of them do.
 
     Exact for an affine router, see ``exact_route_radius``; otherwise the gap of the scores over the
@@ -324,7 +322,7 @@ def plane_distance(x_BD: Tensor, normal_D: Tensor, gap_B: Tensor, *, box: bool =
     """L-inf distance to where ``gap + <normal, x' - x>`` reaches 0, exactly, (B,).
 
     Without the box [0, 1] that is ``gap / |normal|_1``. In it, pixel p can move against the normal
-    by ``min(eps, room_p)`` only, so that ``eps`` solves ``sum_p |normal_p| min(eps, room_p) = gap``:
+    by ``min(eps, room_p)`` only, so that eps solves ``sum_p |normal_p| min(eps, room_p) = gap``:
     piecewise linear, solved between two of the sorted rooms. Infinite where no image in the box
     gets there; 0 where the gap is not positive.
     """

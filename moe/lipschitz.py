@@ -36,9 +36,8 @@ CONSTANT = frozenset(
 )
 NORMS = frozenset("native_batch_norm cudnn_batch_norm _batch_norm_no_update".split())
 PRODUCTS = frozenset("mm bmm baddbmm addmm".split())
-AFFINE = (
-    (CARRIED - {"amax"}) | NORMS | frozenset("add sub mul div addcmul neg convolution addmm mm".split())
-)
+LINEAR = frozenset("add sub mul div addcmul neg convolution addmm mm".split())
+AFFINE = (CARRIED - {"amax"}) | NORMS | LINEAR
 EXCLUDED = (
     "transformers are left out: attention has no global Lipschitz constant "
     "(Kim et al., ICML 2021, arXiv:2006.04710)"
@@ -212,25 +211,30 @@ class _Call:
 
     def bound(self) -> list[Reach]:
         """Bound the outputs, as many as can move."""
-        first, name = self.args[0], self.name
+        if self.name in CARRIED:
+            return self._carried()
+        simple = self._elementwise()
+        return self._weighted() if simple is None else [Reach(simple)]
+
+    def _elementwise(self) -> Tensor | None:
+        """Bound what works entry by entry; None: it does not."""
+        first, name, bound = self.args[0], self.name, None
         alone = len(self.moving) == 1
         if name in STEEPEST and alone:
-            return [Reach(STEEPEST[name] * self.each(first))]
-        if name in CARRIED:
-            return self._carried()
-        if name in ("add", "sub"):
+            bound = STEEPEST[name] * self.each(first)
+        elif name in ("add", "sub"):
             parts = [self.each(item) for item in self.args[:2]]
-            return [Reach(parts[0] + abs(self.kwargs.get("alpha", 1)) * parts[1])]
-        if name in ("mul", "div") and alone and (name == "mul" or self.moving[0] is first):
-            return [Reach(self._scaled())]
-        if name in ("maximum", "minimum"):
-            return [Reach(torch.maximum(*(self.each(item) for item in self.args)))]
-        if name == "addcmul" and alone and self.moving[0] is self.args[1]:
+            bound = parts[0] + abs(self.kwargs.get("alpha", 1)) * parts[1]
+        elif name in ("mul", "div") and alone and (name == "mul" or self.moving[0] is first):
+            bound = self._scaled()
+        elif name in ("maximum", "minimum"):
+            bound = torch.maximum(*(self.each(item) for item in self.args))
+        elif name == "addcmul" and alone and self.moving[0] is self.args[1]:
             size = abs(self.kwargs.get("value", 1))
-            return [Reach(self.each(self.args[1]) * self.args[2].abs() * size)]
-        if name in NORMS:
-            return [Reach(self._normed())]
-        return self._weighted()
+            bound = self.each(self.args[1]) * self.args[2].abs() * size
+        elif name in NORMS:
+            bound = self._normed()
+        return bound
 
     def each(self, item: Any) -> Any:
         """Replace what moves by its bounds, and other numbers by zeros."""
@@ -251,9 +255,9 @@ class _Call:
         if isinstance(done, (tuple, list)):
             return [Reach(part) for part in done]
         source = self.tracker.find(first[0] if isinstance(first, (tuple, list)) else first)
-        if source is not None and self.name in ROW_STAYS and len(done) == 1:
-            if done.shape == source.each.shape:
-                return [Reach(done, source.rows_KF, source.inner_F)]
+        row = source is not None and self.name in ROW_STAYS and len(done) == 1
+        if source is not None and row and done.shape == source.each.shape:
+            return [Reach(done, source.rows_KF, source.inner_F)]
         return [Reach(done)]
 
     def _scaled(self) -> Tensor:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema"),
+    ("seeding", "losses", "attacks", "awp", "ema", "norms"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
@@ -32,13 +32,14 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
     ("final",),
     ("loop", "masked"),
     ("worker", "preflight"),
     ("train", "data_tool", "report"),
     ("shards",),
     ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {

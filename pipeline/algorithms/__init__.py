@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.gaussian import Gaussian
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.pgd_training import PGDTraining
 from pipeline.algorithms.sparse import Sparse
@@ -31,4 +32,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "moe_at": MoEAT,
     "adv_moe": AdvMoE,
     "sparse": Sparse,
+    "gaussian": Gaussian,
 }
