@@ -52,6 +52,9 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
+LATER = {"norm_bound": 0.0}
+"""Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -79,6 +82,8 @@ class Config:
         awp_warmup: Epochs before it begins.
         label_smoothing: Part of a label that is spread over all classes in the loss.
         clip_norm: Largest norm of each group's gradient over all workers; 0: any.
+        norm_bound: Largest L-inf operator norm of every linear map and convolution, kept after
+            each update; 0: any. See ``pipeline.norms``.
         augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
         cutmix: Share of the images that get a box of another, with its share of the label.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
@@ -113,6 +118,7 @@ class Config:
     awp_warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
     cutmix: float = 0.0
     seed: int = 0
@@ -154,7 +160,7 @@ class Config:
         for key in ("ema_decay", "label_smoothing"):
             if not 0 <= (value := getattr(self, key)) < 1:
                 raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
-        for key in ("awp_gamma", "awp_warmup", "clip_norm"):
+        for key in ("awp_gamma", "awp_warmup", "clip_norm", "norm_bound"):
             if not 0 <= (value := getattr(self, key)) < float("inf"):
                 raise ValueError(f"{key} must be at least 0 and finite, got {value}")
         if not 0 <= self.cutmix <= 1:
@@ -228,7 +234,8 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        deciding = {k: v for k, v in flatten(self).items() if k not in ELSEWHERE}
+        flat = {k: v for k, v in flatten(self).items() if LATER.get(k) != v}
+        deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

@@ -111,6 +111,7 @@ def fit(
         label_smoothing=config.label_smoothing,
         clip_norm=config.clip_norm,
         partition=partition_of(config.algorithm),
+        norm_bound=config.norm_bound,
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)

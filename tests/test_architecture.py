@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff"),
+    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff", "norms"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
@@ -32,7 +32,7 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
     ("final", "tryout"),
     ("loop", "masked"),
     ("worker", "preflight"),
@@ -40,6 +40,7 @@ ORDER = (
     ("train", "data_tool", "report"),
     ("shards", "sweep"),
     ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
