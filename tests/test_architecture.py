@@ -32,6 +32,7 @@ ORDER = (
         "reach",
     ),
     ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("lookup",),
     ("final",),
     ("loop", "masked"),
     ("worker", "preflight"),
