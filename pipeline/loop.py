@@ -214,6 +214,7 @@ def train_epoch(
         epochs=config.epochs,
         values=values,
         seconds=(took := time.monotonic() - began),
+        ended=time.monotonic(),
         seconds_left=took * (config.epochs - progress.epoch),
     )
     session.report({"epoch": progress.epoch, **values})

@@ -33,6 +33,7 @@ ORDER = (
         "reach",
     ),
     ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
+    ("lookup",),
     ("final", "tryout"),
     ("loop", "masked"),
     ("worker", "preflight"),
