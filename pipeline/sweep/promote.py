@@ -187,7 +187,7 @@ def logged_model(client: Any, uri: str, trial: Trial) -> str:
     found = client.search_logged_models(
         [record.info.experiment_id], f"source_run_id = '{trial.run.run_id}'"
     )
-    ready = [model for model in found if str(model.status) == "READY"]
+    ready = [model for model in found if getattr(model.status, "value", model.status) == "READY"]
     if ready:
         return str(max(ready, key=lambda model: model.creation_timestamp).model_id)
     return str(log_from_checkpoint(client, uri, trial)).rpartition("/")[2]
