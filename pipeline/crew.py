@@ -15,7 +15,6 @@ from pipeline.config import Config, flatten
 from pipeline.elastic import Elastic
 from pipeline.preflight import capacity
 from pipeline.session import Wish
-from pipeline.stores import home_of
 
 POLL = 0.1  # seconds between two looks at the workers
 GRACE = 20.0  # seconds that workers have for a last checkpoint
@@ -242,7 +241,7 @@ def make_trainer(
         run_config=RunConfig(
             # a name of its own each time: our checkpoints decide where the run goes on
             name=f"{folder.name}-{time.time_ns() // 10**6}",
-            storage_path=str((home_of(folder) or folder) / "ray"),
+            storage_path=str(folder / "ray"),
             failure_config=FailureConfig(
                 max_failures=failures,
                 controller_failure_limit=failures,
