@@ -297,6 +297,7 @@ def save(
         if best:  # written first: a run killed in between repeats the epoch and finds it again
             checkpoint.copy(root / "best", target)
         checkpoint.prune(root, KEEP)
+        session.kept()
     session.wait()
 
 

@@ -25,6 +25,10 @@ def ignore(_: Event) -> None:
     """Take an event and do nothing."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True)
 class Session:
     """One worker's place in a run. The default is a run of one process, without Ray.
@@ -34,6 +38,7 @@ class Session:
         device: Where it computes.
         emit: Takes events of rank 0 (metrics, progress, warnings) to whoever follows the run.
         report: Called by every worker after each epoch with the same metrics.
+        kept: Called by rank 0 after each checkpoint, and when the last files are written.
     """
 
     rank: int = 0
@@ -41,6 +46,7 @@ class Session:
     device: torch.device = torch.device("cpu")
     emit: Callable[[Event], None] = ignore
     report: Callable[[Mapping[str, float]], None] = ignore
+    kept: Callable[[], None] = nothing
 
     @property
     def average(self) -> Callable[[Tensor], None]:

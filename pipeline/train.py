@@ -21,6 +21,7 @@ from pipeline.console import Follower
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
 from pipeline.preflight import capacity, preflight
 from pipeline.presets import PRESETS, headline, label
+from pipeline.stores import home_of, restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 
 USAGE = """
@@ -187,6 +188,8 @@ def fit_on_ray(
     def handle(event: Mapping[str, Any]) -> None:
         if event["kind"] in ("finished", "failed"):
             ending.update(event)
+        if event["kind"] == "artifacts":  # which a worker of another node may have written
+            restore(folder, "training")
         tracker.handle(event)
         follower.handle(event)
 
@@ -205,7 +208,7 @@ def fit_on_ray(
             run_config=RunConfig(
                 # a name of its own each time: our checkpoints decide where the run goes on
                 name=f"{folder.name}-{int(time.time())}",
-                storage_path=str(folder / "ray"),
+                storage_path=str((home_of(folder) or folder) / "ray"),
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),

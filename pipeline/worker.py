@@ -15,8 +15,9 @@ import torch
 from pipeline import loop
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
-from pipeline.session import Event, Session
+from pipeline.session import Event, Session, nothing
 from pipeline.state import NonFiniteError
+from pipeline.stores import for_worker
 
 HOPELESS = (NonFiniteError, loop.RouterError, CheckpointError, ValueError)
 """Errors that would come again: all workers meet them at one place, and no retry mends them."""
@@ -57,12 +58,14 @@ def work(settings: Mapping[str, Any]) -> None:
             last = time.monotonic()
         mailbox.put.remote(dict(event))
 
+    fetched = for_worker(Path(settings["folder"]))
     session = Session(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         emit=emit,
         report=lambda metrics: ray.train.report(dict(metrics)),
+        kept=fetched or nothing,
     )
     try:
         metrics = loop.fit(read(settings["config"]), Path(settings["folder"]), session)

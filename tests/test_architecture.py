@@ -31,7 +31,7 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("stores", "leases", "tracking", "console", "places", "examine", "card", "portrait"),
     ("final",),
     ("loop", "masked"),
     ("worker", "preflight"),

@@ -16,6 +16,7 @@ from pipeline.grid.book import Book, shares
 from pipeline.grid.driver import drive
 from pipeline.grid.request import Request, read_request
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.stores import restore
 from pipeline.tracking import OutageError
 from pipeline.train import ray_cluster, stoppable
 
@@ -85,6 +86,8 @@ def carry_out(request: Request, console: Console, *, strict: bool) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False)
 
+    for config in request.configs:
+        restore(run_folder(config), "tracking")  # what other machines finished
     book = Book(request, strict=strict)
     status = "failed"
     try:
