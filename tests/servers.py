@@ -217,3 +217,40 @@ def points(uri: str, run_id: str | None, key: str) -> list[Any]:
 
     found = MlflowClient(uri).get_metric_history(run_id, key)
     return sorted(found, key=lambda point: (point.timestamp, point.step))
+
+
+@dataclass
+class ObjectStore:
+    """A process that speaks S3 on loopback, with one bucket."""
+
+    log: Path
+    port: int = field(default_factory=closed_port)
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach it, and nothing else by mistake."""
+        return {
+            "AWS_ENDPOINT_URL": self.uri,
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self) -> "ObjectStore":
+        pytest.importorskip("moto", reason="moto, an S3 server for tests, is not installed")
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(lambda: answers(f"{self.uri}/moto-api/"), 120)
+        request = urllib.request.Request(f"{self.uri}/bucket", method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+        return self
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
