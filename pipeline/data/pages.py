@@ -45,7 +45,7 @@ def _check(file: Path, size: int, _: int) -> None:
                 column = metadata.row_group(group).column(number)
                 try:
                     check_column(opened, column)
-                except (IndexError, KeyError, ValueError, pa.ArrowException) as error:
+                except (IndexError, KeyError, ValueError, OSError, pa.ArrowException) as error:
                     where = f"row group {group}, column {column.path_in_schema}"
                     raise DamagedDataError(f"{file}: {where}: {reason(error)}") from error
 
