@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.bucket import Bucket, StoreError
 from pipeline.data.files import Remote
-from pipeline.stores import Bucket, Part, StoreError, owner_of
+from pipeline.stores import Part, owner_of
 
 BEAT = 8.0  # seconds between two signs of life, and two pushes of the journal
 REST = 40.0  # seconds without a sign after which an owner counts as dead

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.bucket import check_uri
 from pipeline.config import Config
 from pipeline.data import OnDisk
 from pipeline.leases import leased
-from pipeline.stores import check_uri, home_of, set_home_aside, storage_root
+from pipeline.stores import home_of, set_home_aside, storage_root
 from pipeline.tracking import resolve_uri
 
 POLL = 0.3  # seconds between two tries for a lock

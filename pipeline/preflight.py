@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.bucket import Bucket, StoreError
 from pipeline.config import Config
 from pipeline.data.files import Remote
-from pipeline.stores import Bucket, StoreError, storage_root
+from pipeline.stores import storage_root
 
 PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
 LEAST_FREE = 0.06  # share of a disk: Ray stops making objects when 5% are left

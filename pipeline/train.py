@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.bucket import StoreError
 from pipeline.command import ENVIRONMENT, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
@@ -189,7 +190,10 @@ def fit_on_ray(
         if event["kind"] in ("finished", "failed"):
             ending.update(event)
         if event["kind"] == "artifacts":  # which a worker of another node may have written
-            restore(folder, "training")
+            try:
+                restore(folder, "training")
+            except StoreError as error:
+                follower.say(f"warning: {error}")
         tracker.handle(event)
         follower.handle(event)
 

@@ -31,7 +31,7 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("stores", "leases", "tracking", "console", "places", "examine", "card", "portrait"),
+    ("bucket", "stores", "leases", "tracking", "console", "places", "examine", "card", "portrait"),
     ("final",),
     ("loop", "masked"),
     ("worker", "preflight"),

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import checkpoint, leases, stores
+from pipeline import bucket, checkpoint, leases, stores
 from pipeline.algorithms.standard import Standard
+from pipeline.bucket import Bucket, StoreError
 from pipeline.config import Config
 from pipeline.data import files
 from pipeline.data.files import Remote
@@ -28,7 +29,7 @@ from pipeline.loop import fit
 from pipeline.measures import Evaluation
 from pipeline.places import check_lasting, owned, run_folder, set_aside
 from pipeline.session import Session
-from pipeline.stores import Bucket, Part, StoreError, for_worker, home_of, listed, restore
+from pipeline.stores import Part, for_worker, home_of, listed, restore
 from tests.servers import ObjectStore, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -192,14 +193,14 @@ def test_file_that_grows_while_it_is_uploaded_arrives_in_one_of_its_states(
     journal = ours / "journal.jsonl"
     put(ours, run="")
     journal.write_text("a")
-    real = stores.blocks
+    real = bucket.blocks
 
     def blocks(source: bytes | Path) -> Iterator[bytes]:
         if source == journal and len(text := journal.read_text()) < 4:
             journal.write_text(text + "a")
         yield from real(source)
 
-    monkeypatch.setattr(stores, "blocks", blocks)
+    monkeypatch.setattr(bucket, "blocks", blocks)
     Part(home, ours, "tracking").push()
     Part(home, theirs, "tracking").pull()
     sent = held(theirs)["journal.jsonl"]
@@ -308,6 +309,34 @@ def test_worker_of_an_owner_that_lost_its_run_writes_nothing_more(storage: str) 
     assert list(Part(home, folder, "training").listed()) == ["checkpoints/step_1/w"]
 
 
+def test_store_that_is_away_for_a_while_costs_no_checkpoint(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fails = run_folder(tiny(storage)), 2
+    push, real = for_worker(folder), Bucket.write
+    assert push is not None
+
+    def write(self: Bucket, name: str, source: bytes | Path) -> str:
+        nonlocal fails
+        if fails:
+            fails -= 1
+            raise StoreError("away")
+        return real(self, name, source)
+
+    monkeypatch.setattr(stores, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Bucket, "write", write)
+    put(folder, checkpoints__step_1__w="1")
+    push()
+    fails = 99
+    put(folder, checkpoints__step_2__w="2")
+    with pytest.raises(StoreError, match="away"):
+        push()
+    fails = 0
+    shutil.rmtree(folder)
+    restore(folder, "training")
+    assert held(folder) == {"checkpoints/step_1/w": "1"}
+
+
 @pytest.mark.usefixtures("brisk")
 def test_fresh_start_leaves_the_earlier_run_under_another_name(storage: str) -> None:
     folder = run_folder(tiny(storage))
@@ -402,10 +431,10 @@ def test_damaged_newest_checkpoint_in_the_store_is_refused_and_the_one_before_is
     listed = Part(home, folder, "training").listed()
     newest = sorted(name for name in listed if name.startswith("checkpoints/step_"))[-1]
     step = newest.split("/")[1]
-    bucket, target = Bucket(home), f"training/objects/{listed[f'checkpoints/{step}/state.pt']}"
-    state = bucket.read(target)
+    there, target = Bucket(home), f"training/objects/{listed[f'checkpoints/{step}/state.pt']}"
+    state = there.read(target)
     assert state is not None
-    bucket.write(target, state[:-1] + bytes([state[-1] ^ 1]))
+    there.write(target, state[:-1] + bytes([state[-1] ^ 1]))
     shutil.rmtree(tmp_path / "scratch")
     told = list[dict[str, Any]]()
     push = for_worker(folder)
