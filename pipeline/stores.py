@@ -52,7 +52,7 @@ def home_of(folder: Path) -> Remote | None:
     for part in folder.parts:
         if "%3A%2F%2F" in part:
             below = folder.parts[folder.parts.index(part) + 1 :]
-            return Remote("/".join([unquote(part), *below]))
+            return Remote("/".join([unquote(part), *(quote(name, safe="") for name in below)]))
     return None
 
 

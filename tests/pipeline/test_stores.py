@@ -28,6 +28,7 @@ from pipeline.leases import leased
 from pipeline.loop import fit
 from pipeline.measures import Evaluation
 from pipeline.places import check_lasting, owned, run_folder, set_aside
+from pipeline.preflight import reachable
 from pipeline.session import Session
 from pipeline.stores import Part, for_worker, home_of, listed, restore
 from tests.servers import ObjectStore, wait_until
@@ -68,7 +69,6 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tiny(storage: str, **settings: Any) -> Config:
     return Config(
-        name="tiny",
         dataset=Synthetic(size=8, train_images=64, test_images=8),
         algorithm=Standard(),
         backbone=replace(Config().backbone, ratio=0.125),
@@ -76,7 +76,7 @@ def tiny(storage: str, **settings: Any) -> Config:
         batch_size=16,
         workers=1,
         storage=storage,
-        **{"epochs": 3, **settings},
+        **{"name": "tiny", "epochs": 3, **settings},
     )
 
 
@@ -107,6 +107,26 @@ def test_folder_and_home_name_each_other(storage: str, tmp_path: Path) -> None:
     assert str(home_of(folder)) == f"{storage}/{config.experiment}/{folder.name}"
     assert home_of(run_folder(replace(config, storage=str(tmp_path)))) is None
     assert folder.name == run_folder(replace(config, storage=str(tmp_path))).name
+
+
+def test_name_with_the_marks_of_a_uri_is_kept(storage: str, tmp_path: Path) -> None:
+    folder = run_folder(tiny(storage, name="50% of a b?c#d"))
+    put(folder, card="text")
+    home = home_of(folder)
+    assert home is not None
+    Part(home, folder, "training").push()
+    shutil.rmtree(folder)
+    restore(folder, "training")
+    assert held(folder) == {"card": "text"}
+    assert folder.name in Bucket(Remote(storage)).files()[0]
+
+
+def test_node_says_why_it_cannot_use_the_store(storage: str) -> None:
+    bucket = Bucket(Remote(storage))
+    assert reachable(bucket, "mark") == "does not see what the driver wrote there"
+    bucket.write("mark", b"0")
+    assert reachable(bucket, "mark") == ""
+    assert bucket.files() == ["mark"], "nothing is left"
 
 
 @pytest.mark.parametrize(
