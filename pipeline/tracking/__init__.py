@@ -4,6 +4,7 @@ The only room but ``report`` that imports mlflow, and only inside functions: tha
 """
 
 from pipeline.tracking.finding import EVALUATED, download, resolve_run
+from pipeline.tracking.models import log_torch_model
 from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri, without_password
 from pipeline.tracking.strict import OutageError, strictly
 from pipeline.tracking.tracker import Tracker, end_abandoned, send_rest
@@ -15,6 +16,7 @@ __all__ = [
     "Tracker",
     "download",
     "end_abandoned",
+    "log_torch_model",
     "mlflow_client",
     "resolve_run",
     "resolve_uri",

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,19 @@ def write_model(folder: Path, module: "nn.Module", example_BCHW: "np.ndarray") -
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def send_model(client: Any, run_id: str | None, folder: Path) -> None:
+def log_torch_model(
+    uri: str, run_id: str, module: "nn.Module", example_BCHW: "np.ndarray", name: str
+) -> str:
+    """Log a module at once, as a traced graph that takes any batch size; return the model's URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / name, module, example_BCHW)
+        return send_model(mlflow_client()(uri), run_id, Path(folder) / name)
+
+
+def send_model(client: Any, run_id: str | None, folder: Path) -> str:
     """Log a written model under its folder's name, once for a run, however often it is asked.
+
+    Returns its URI.
 
     The steps of ``mlflow.pytorch.log_model`` without its globals: a record that is pending, the
     files, then the record ready. A record that an earlier attempt left pending is used again.
@@ -60,8 +72,9 @@ def send_model(client: Any, run_id: str | None, folder: Path) -> None:
     experiment, name = run.info.experiment_id, folder.name
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     records = [record for record in found if record.name == name]
-    if any(record.status == LoggedModelStatus.READY for record in records):
-        return
+    for record in records:
+        if record.status == LoggedModelStatus.READY:
+            return str(record.model_uri)
     record = records[0] if records else None
     if record is None:
         record = client.create_logged_model(
@@ -73,4 +86,4 @@ def send_model(client: Any, run_id: str | None, folder: Path) -> None:
     written.artifact_path = record.artifact_location
     written.save(str(folder / "MLmodel"))
     client.log_model_artifacts(record.model_id, str(folder))
-    client.finalize_logged_model(record.model_id, LoggedModelStatus.READY)
+    return str(client.finalize_logged_model(record.model_id, LoggedModelStatus.READY).model_uri)
