@@ -3,7 +3,7 @@
 The only room but ``report`` that imports mlflow, and only inside functions: that takes seconds.
 """
 
-from pipeline.tracking.finding import EVALUATED, download, resolve_run
+from pipeline.tracking.finding import EVALUATED, PARENTS, download, resolve_run
 from pipeline.tracking.models import log_torch_model
 from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri, without_password
 from pipeline.tracking.strict import OutageError, strictly
@@ -11,6 +11,7 @@ from pipeline.tracking.tracker import Tracker, end_abandoned, send_rest
 
 __all__ = [
     "EVALUATED",
+    "PARENTS",
     "SQLITE",
     "OutageError",
     "Tracker",

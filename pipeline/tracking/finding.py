@@ -12,6 +12,7 @@ from pipeline.tracking.server import (
 )
 
 EVALUATED = "evaluated"  # tag of runs that judge another run again
+PARENTS = ("grid", "robust_moe.kind")  # tags of runs that have no model, but children that do
 
 
 def download(
@@ -77,7 +78,7 @@ def find_run(client: Any, run: str, experiment: str, shown: str) -> str:
     newest = client.search_runs(
         [record.experiment_id], finished, max_results=50, order_by=["attributes.end_time DESC"]
     )
-    newest = [found for found in newest if EVALUATED not in found.data.tags][:5]
+    newest = [found for found in newest if not {EVALUATED, *PARENTS} & found.data.tags.keys()][:5]
     if run == "latest" and newest:
         return str(newest[0].info.run_id)
     what = "no finished run" if run == "latest" else f"no run {run!r}"

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 WAIT = "ROBUST_MOE_TRACKING_WAIT"
 BUILDING = 60.0  # seconds that a sqlite file may take at least: its first use builds the tables
-STATUSES = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
+STATUSES = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "preempted": "KILLED",
+    "stopped": "KILLED",  # by a sweep's scheduler
+    "infeasible": "KILLED",  # a point of a sweep that could not be run
+}
 RESULTS = (
     "config.json",
     "card.md",
@@ -192,7 +198,7 @@ class Tracker:
         return True
 
     def close(self, status: str, *, timeout: float | None = None) -> bool:
-        """End the run as finished, failed or preempted; tell whether MLflow has everything.
+        """End the run with one of ``STATUSES``; tell whether MLflow has everything.
 
         What is left stays in the journal, for the next ``open`` or ``send_rest``.
         """
