@@ -227,7 +227,7 @@ def test_outcome_is_the_status_of_the_run(
 
 def test_unknown_outcome_is_refused(tmp_path: Path, database: str) -> None:
     tracker = begin(tmp_path, database)
-    with pytest.raises(ValueError, match="finished, failed, preempted, .*, got 'done'"):
+    with pytest.raises(ValueError, match=r"finished, failed, preempted, .*, got 'done'"):
         tracker.close("done")
     tracker.close("failed")
 
