@@ -101,7 +101,7 @@ class Part:
 
         Raises:
             StoreError: The store refuses.
-        TakenError: The run belongs to another process.
+            TakenError: The run belongs to another process.
         """
         with BUSY:
             bucket = Bucket(self.home / self.name)
@@ -260,7 +260,7 @@ def patiently(part: Part) -> None:
 
     Raises:
         StoreError: It is away for longer.
-        TakenError: The run belongs to another process.
+            TakenError: The run belongs to another process.
     """
     for pause in PAUSES:
         try:
