@@ -21,7 +21,7 @@ FILES = ("model.safetensors", "state.pt", "config.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing or damaged."""
+    """A checkpoint is missing, damaged, or cannot be written."""
 
 
 def build_model(config: Config, stage: int = -1) -> Network:
@@ -48,13 +48,14 @@ def save(
         folder: Where it shall stand; replaced if it is there.
         state: What resuming needs beside the weights; plain values and tensors.
         meta: JSON values that describe it, such as epoch, step and metrics.
+
+    Raises:
+        CheckpointError: There is no room for it, or no right to write it.
     """
     from safetensors.torch import save_file
 
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with drafted(folder) as draft:
+        draft.mkdir(parents=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, draft / "model.safetensors")
         torch.save(state, draft / "state.pt")
@@ -63,9 +64,36 @@ def save(
         (draft / "meta.json").write_text(describe(meta, hashes))
         for file in draft.iterdir():
             _flush(file)
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """Give a folder the name it shall have once the block has filled it; else leave no trace.
+
+    Raises:
+        CheckpointError: It could not be filled.
+    """
+    from safetensors import SafetensorError
+
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        yield draft
         publish(draft, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer knows no OSError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be written: {reason}{room(folder)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def room(folder: Path) -> str:
+    """Say how much room a folder's disk has left."""
+    try:
+        free = shutil.disk_usage(folder.parent).free
+    except OSError:
+        return ""
+    return f" ({free / 2**20:.1f} MiB free there)"
 
 
 def describe(meta: dict[str, Any], hashes: dict[str, str]) -> str:
@@ -86,10 +114,8 @@ def publish(draft: Path, folder: Path) -> None:
 
 def copy(source: Path, folder: Path) -> None:
     """Copy a checkpoint, whole or not at all."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    publish(draft, folder)
+    with drafted(folder) as draft:
+        shutil.copytree(source, draft)
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,10 @@ ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set
 }
 
 
+PREEMPTED = 75
+"""Exit code of a run that was stopped and can go on: sysexits.h's EX_TEMPFAIL, "try again"."""
+
+
 @dataclass(frozen=True)
 class Arguments:
     """What a command was given: ``NAME key=value ... --flag ...``."""

@@ -80,6 +80,12 @@ class Follower:
         where = f"epoch {event['epoch']}" + (f", update {event['step']}" if event["step"] else "")
         self.say(f"continues after {where} from {event['checkpoint']}")
 
+    def _show_crew(self, event: Mapping[str, Any]) -> None:
+        self.say(f"{event['count']} of {event['of']} worker(s)")
+
+    def _show_stopped(self, event: Mapping[str, Any]) -> None:
+        self.say(event["text"])
+
     def _show_epoch(self, event: Mapping[str, Any]) -> None:
         v = event["values"]
         losses = " ".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.measures import MEASURES
 from pipeline.measures.judging import judge
 from pipeline.optim import build_optimizers, set_rates
 from pipeline.seeding import Noise, generator_at, seed_of
-from pipeline.session import Session
+from pipeline.session import Session, Wish
 from pipeline.stages import advance, begin, moment
 from pipeline.state import NonFiniteError, TrainState
 
@@ -36,6 +37,14 @@ COLLAPSED = (
 
 class RouterError(RuntimeError):
     """The router gets no gradient."""
+
+
+class RoomError(RuntimeError):
+    """A batch does not fit into memory."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop, and has made a checkpoint."""
 
 
 @dataclass
@@ -71,8 +80,11 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
     Raises:
         NonFiniteError: A loss, gradient, score or adversarial image is not finite.
         RouterError: The router gets no gradient in the first updates.
+        RoomError: A batch does not fit into memory.
+        CheckpointError: No checkpoint is whole, or one cannot be written.
+        Stopped: The session was asked to stop.
     """
-    if session.world != config.workers:
+    if session.world not in config.worker_counts:
         raise ValueError(f"workers must be {session.world}, as started, got {config.workers}")
     splits = config.dataset.load(config.seed)
     if len(splits.train) < config.batch_size:
@@ -143,8 +155,9 @@ def train_epoch(
         with torch.autocast(
             session.device.type, torch.bfloat16, enabled=config.precision == "bf16"
         ):
-            losses = config.algorithm.step(state, x_BCHW, y_B)
-        update = progress.epoch * steps + step + 1
+            update = progress.epoch * steps + step + 1
+            with roomy(update, len(x_BCHW)):
+                losses = config.algorithm.step(state, x_BCHW, y_B)
         watched = state.check(update)
         check_gate(update, watched)
         state.ema.follow(state.model)
@@ -164,9 +177,13 @@ def train_epoch(
             loss=next((v for name, v in watched.items() if name.startswith("loss")), 0.0),
         )
         progress.step = step + 1
-        if config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps:
+        due = config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps
+        wish = heed(session)
+        if due or wish >= Wish.SAVE:
             progress.sums = averaged(session, sums)
             save(config, folder, session, state, progress, update)
+        if wish is Wish.STOP:
+            raise Stopped(f"stopped after epoch {progress.epoch}, update {progress.step}")
     values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
     if isinstance(config.algorithm, Staged):
@@ -187,6 +204,34 @@ def train_epoch(
         seconds_left=took * (config.epochs - progress.epoch),
     )
     session.report({"epoch": progress.epoch, **values})
+
+
+@contextmanager
+def roomy(update: int, images: int) -> Iterator[None]:
+    """Say what helps when a batch does not fit into memory.
+
+    It is not split for its sake: BatchNorm would see parts of it, and the numbers would be others
+    than on a machine with more memory, without a word.
+
+    Raises:
+        RoomError: Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):  # torch's words on a CPU
+            raise
+        raise RoomError(
+            f"update {update}: out of memory with {images} images on a worker; a smaller "
+            "batch_size, or more workers, which share it, need less"
+        ) from error
+
+
+def heed(session: Session) -> Wish:
+    """Hear what the run was asked for; a node that is about to go asks for a checkpoint."""
+    wish = session.asked()
+    return Wish.SAVE if wish is Wish.LOOK and session.notice() else wish
 
 
 def averaged(session: Session, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -278,27 +323,38 @@ def save(
     update: int,
     best: bool = False,
 ) -> None:
-    """Write a checkpoint on rank 0; keep the newest two and the best."""
+    """Write a checkpoint on rank 0; if that fails, all workers say so."""
+    error = None
     if session.rank == 0:
-        root = folder / "checkpoints"
-        target = root / f"step_{update:08d}"
-        tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
-        tensors |= state.ema.saved(state.model)
-        meta = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "update": update,
-            "best": progress.best,
-            "stage": progress.stage,
-            "history": progress.history,
-            "sums": progress.sums,
-        }
-        checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
-        if best:  # written first: a run killed in between repeats the epoch and finds it again
-            checkpoint.copy(root / "best", target)
-        checkpoint.prune(root, KEEP)
-        session.kept()
-    session.wait()
+        try:
+            write(config, folder, state, progress, update, best)
+            session.kept()
+        except ValueError as caught:
+            error = caught
+    session.share_fate(error)
 
 
-__all__ = ["NonFiniteError", "RouterError", "fit"]
+def write(
+    config: Config, folder: Path, state: TrainState, progress: Progress, update: int, best: bool
+) -> None:
+    """Write a checkpoint to disk; keep the newest two and the best."""
+    root = folder / "checkpoints"
+    target = root / f"step_{update:08d}"
+    tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
+    tensors |= state.ema.saved(state.model)
+    meta = {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "update": update,
+        "best": progress.best,
+        "stage": progress.stage,
+        "history": progress.history,
+        "sums": progress.sums,
+    }
+    checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
+    if best:  # written first: a run killed in between repeats the epoch and finds it again
+        checkpoint.copy(root / "best", target)
+    checkpoint.prune(root, KEEP)
+
+
+__all__ = ["NonFiniteError", "RoomError", "RouterError", "Stopped", "fit"]

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.bucket import Bucket, StoreError
 from pipeline.config import Config
 from pipeline.data.files import Remote
+from pipeline.elastic import ends
 from pipeline.stores import storage_root
 
 PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
@@ -86,7 +87,7 @@ def capacity() -> dict[str, float]:
 
 def shortage(workers: int, has: Mapping[str, float]) -> str:
     """Say what a run of so many workers lacks; empty: nothing."""
-    if (cpus := has.get("CPU", 0)) < workers:
+    if (cpus := has.get("CPU", 0)) < ends(workers)[0]:
         return f"workers must be at most the cluster's {cpus:.0f} CPUs, got {workers}"
     return ""
 

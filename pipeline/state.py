@@ -122,7 +122,8 @@ class TrainState:
         """Attack a frozen copy of the model in eval mode; the model itself is not touched."""
         frozen = fold(self.model)
         x_adv = attack(aim(frozen, x_BCHW), x_BCHW, self.noise)
-        self.watch("adversarial images", x_adv.mean())
+        again = ", again" * ("adversarial images" in self.watched)  # after the first group's update
+        self.watch(f"adversarial images{again}", x_adv.mean())
         return x_adv
 
     def watch(self, name: str, value: Tensor) -> None:

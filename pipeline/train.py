@@ -9,20 +9,20 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.bucket import StoreError
-from pipeline.command import ENVIRONMENT, fail, main, read_arguments
+from pipeline.command import ENVIRONMENT, PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
+from pipeline.crew import Crew, cause, crowded_out, listening
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
-from pipeline.preflight import capacity, preflight
+from pipeline.preflight import preflight
 from pipeline.presets import PRESETS, headline, label
-from pipeline.stores import home_of, restore
+from pipeline.stores import restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 
 USAGE = """
@@ -41,6 +41,7 @@ Settings and their defaults: python -m pipeline.train --list PRESET
 """
 FLAGS = ("--fresh", "--strict-tracking", "--list")
 POLL = 0.3  # seconds between two looks into the mailbox
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 def run(argv: list[str]) -> int:
@@ -157,16 +158,20 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
             status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
-        ending = {"text": "stopped; the same command continues from the last checkpoint"}
+        ending = {"text": f"stopped; {CONTINUES}"}
     except Exception as error:
-        ending = {"text": root_cause(error)}
+        ending = {"text": cause(error)}
+        if crowded_out(error):
+            status = "preempted"
+            ending = {"text": f"no room for workers={config.workers} is left; {CONTINUES}"}
     finally:
         follower.close()
         sent = tracker.close(status)
     if not sent:
         follower.say("warning: MLflow does not have everything yet; the same command sends it")
     if status != "finished":
-        return fail(ending.get("text", "the workers ended without a result"), 1)
+        text = ending.get("text", "the workers ended without a result")
+        return fail(text, PREEMPTED if status == "preempted" else 1)
     if tracker.strict and not sent:
         return fail(str(tracker.outage()), 1)
     follower.results(config.name, ending["metrics"])
@@ -179,46 +184,27 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipeline.worker import Mailbox, work
+    from pipeline.worker import open_mailbox
 
     ending: dict[str, Any] = {}
 
     def handle(event: Mapping[str, Any]) -> None:
-        if event["kind"] in ("finished", "failed"):
+        if event["kind"] in ("finished", "failed", "stopped"):
             ending.update(event)
         if event["kind"] == "artifacts":  # which a worker of another node may have written
             try:
                 restore(folder, "training")
             except StoreError as error:
                 follower.say(f"warning: {error}")
+        if event["kind"] == "judging":
+            ending["judging"] = True
         tracker.handle(event)
         follower.handle(event)
 
-    with ray_cluster(config):
-        gpus = capacity().get("GPU", 0) >= config.workers
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={
-                "config": flatten(config),
-                "folder": str(folder),
-                "mailbox": mailbox,
-            },
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-            run_config=RunConfig(
-                # a name of its own each time: our checkpoints decide where the run goes on
-                name=f"{folder.name}-{int(time.time())}",
-                storage_path=str((home_of(folder) or folder) / "ray"),
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
+    with ray_cluster(config), listening(follower.say) as stop:
+        mailbox = open_mailbox()
         with delivering(mailbox, handle):
-            trainer.fit()
+            Crew(config, folder, mailbox, stop, ending, handle).work()
     return ending
 
 
@@ -337,17 +323,6 @@ def show_finished(config: Config, follower: Follower, result: Mapping[str, Any])
     follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
     follower.say(f"see it with: {result['ui']}")
     return 0
-
-
-def root_cause(error: BaseException) -> str:
-    """Say in one line why Ray Train gave up."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
-        error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
 
 
 def commit() -> str:

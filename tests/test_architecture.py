@@ -16,7 +16,7 @@ ORDER = (
     ("state",),
     ("data", "session"),
     ("algorithms",),
-    ("measures",),
+    ("measures", "elastic"),
     ("config",),
     ("cells",),
     (
@@ -35,13 +35,17 @@ ORDER = (
     ("final",),
     ("loop", "masked"),
     ("worker", "preflight"),
+    ("crew",),
     ("train", "data_tool", "report"),
     ("shards",),
     ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming", "preflight", "doctor"},
+    "ray": {
+        *("worker", "crew", "train", "shards", "tune", "grid"),
+        *("data.streaming", "preflight", "doctor"),
+    },
     "mlflow": {"tracking", "report"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}

@@ -10,12 +10,13 @@ from dataclasses import replace
 from rich.console import Console
 
 from pipeline.cells import costs
-from pipeline.command import fail, main, read_arguments
+from pipeline.command import PREEMPTED, fail, main, read_arguments
 from pipeline.console import aligned
 from pipeline.grid.book import Book, shares
 from pipeline.grid.driver import drive
 from pipeline.grid.request import Request, read_request
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.preflight import capacity
 from pipeline.stores import restore
 from pipeline.tracking import OutageError
 from pipeline.train import ray_cluster, stoppable
@@ -99,6 +100,8 @@ def carry_out(request: Request, console: Console, *, strict: bool) -> int:
                 run_cells(book, waiting, say)
         if all(entry.status == "finished" for entry in book.entries):
             status = "finished"
+        elif not any(entry.status == "failed" for entry in book.entries):
+            status = "preempted"  # cells that were stopped one by one
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
     finally:
@@ -122,7 +125,8 @@ def conclude(book: Book, status: str) -> int:
         print(f"failed: {entry.key}: {entry.reason}", file=sys.stderr)
     left = sum(entry.status != "finished" for entry in book.entries)
     if status == "preempted":
-        return fail(f"stopped; {left} cell(s) left, which the same command continues", 1)
+        text = f"stopped; {left} cell(s) left, which the same command continues"
+        return fail(text, PREEMPTED)
     if failed:
         return fail(
             f"{len(failed)} of {len(book.entries)} cells failed; logs in "
@@ -137,15 +141,19 @@ def run_cells(book: Book, waiting: list[int], say: Callable[[str], None]) -> Non
     import ray
 
     configs = [book.request.configs[place] for place in waiting]
-    workers = max(config.workers for config in configs)
+    workers = max(int(config.workers) for config in configs)
     with ray_cluster(configs[0]):
-        there = ray.cluster_resources()
+        there = capacity()
         gpus = there.get("GPU", 0)
         unit = "GPU" if gpus >= workers else "CPU"  # as pipeline.train chooses
         slots = max(1, min(int(there[unit] // workers), book.request.at_once or len(waiting)))
         say(f"{len(waiting)} to run, {slots} at a time on {there[unit]:.0f} {unit}s")
         address = os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
-        drive(book, waiting, slots, address=address, say=say)
+
+        def room() -> int:
+            return int(capacity().get(unit, 0) // workers)
+
+        drive(book, waiting, slots, address=address, say=say, room=room)
 
 
 def outcome(book: Book) -> str:

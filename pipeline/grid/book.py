@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.command import PREEMPTED
 from pipeline.config import Config
 from pipeline.grid.request import Request
 from pipeline.journal import replace_file
@@ -101,6 +102,9 @@ class Book:
         if code == 0 and (result := result_of(config)) is not None:
             self._adopt(config)
             return self.write(place, "finished", seconds=seconds, result=result)
+        if code == PREEMPTED:  # by itself, with a checkpoint
+            end_abandoned(run_folder(config), config.tracking_uri, "preempted")
+            return self.write(place, "preempted", reason=reason)
         if code < 0:
             name = signal.Signals(-code).name
             reason = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"

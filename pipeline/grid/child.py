@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from pipeline.command import fail, main
+from pipeline.command import PREEMPTED, fail, main
 from pipeline.config import read
 from pipeline.train import stoppable, train
 
@@ -28,7 +28,7 @@ def run(_: list[str]) -> int:
                 read(request["config"]), tags=request["tags"], strict=request.get("strict", False)
             )
     except (KeyboardInterrupt, SystemExit):
-        return fail("stopped; the same command continues", 1)
+        return fail("stopped; the same command continues", PREEMPTED)
 
 
 def stop_with_parent() -> None:
