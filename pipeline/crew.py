@@ -15,13 +15,17 @@ from pipeline.config import Config, flatten
 from pipeline.elastic import Elastic
 from pipeline.preflight import capacity
 from pipeline.session import Wish
+from pipeline.stores import home_of
 
 POLL = 0.1  # seconds between two looks at the workers
 GRACE = 20.0  # seconds that workers have for a last checkpoint
 LINGER = 10.0  # seconds that workers have to end after one of them said that all is in vain
+LOOK = 2.0  # seconds between two looks whether there is room for more workers
 SETTLE = 3.0  # seconds in which a cluster says whether there is room for so many workers
 PATIENCE = 600.0  # seconds to wait for room for the fewest workers
 FAILURES = 3  # failures, of an elastic run in a row without a checkpoint, that are made good
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 Say = Callable[[str], None]
 
@@ -63,9 +67,6 @@ def listening(say: Say) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -126,11 +127,11 @@ class Crew:
                 self.tell({"kind": "warning", "text": f"workers were lost: {cause(error)}"})
         return "stopped"
 
-    def attend(self, fit: Callable[[], Any], room: Any = None) -> str:
+    def attend(self, fit: Callable[[], Any], room: Callable[[], bool] | None = None) -> str:
         """Run ``fit`` in a thread, and pass on to the workers what they are wished to do.
 
         Args:
-            room: Becomes ready once there is room for more workers.
+            room: Tells whether there is room for more workers.
 
         Returns:
             How the workers ended: ``finished``, ``stopped`` or ``failed``.
@@ -148,10 +149,12 @@ class Crew:
         ray.get(self.mailbox.wish.remote(Wish.NONE))
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        wished, failed = False, 0.0
+        wished, failed, looked = False, 0.0, time.monotonic()
         while thread.is_alive():
             thread.join(POLL)
-            joined = room is not None and bool(ray.wait([room], timeout=0)[0])
+            joined = False
+            if room is not None and not wished and time.monotonic() - looked > LOOK:
+                joined, looked = room(), time.monotonic()
             if (self.stop.since or joined) and not wished:
                 wished = True
                 self.mailbox.wish.remote(Wish.STOP)
@@ -195,8 +198,9 @@ class Crew:
             with waiting_room(bundle, count) as room:
                 until = time.monotonic() + patience
                 while not self.stop.since and time.monotonic() < until:
-                    if ray.wait([room], timeout=POLL)[0]:
+                    if room():
                         return count
+                    time.sleep(POLL)
         if self.stop.since:
             raise KeyboardInterrupt
         raise RoomTimeoutError(f"no room for {counts[0]} worker(s) in {PATIENCE:.0f} s")
@@ -241,7 +245,7 @@ def make_trainer(
         run_config=RunConfig(
             # a name of its own each time: our checkpoints decide where the run goes on
             name=f"{folder.name}-{time.time_ns() // 10**6}",
-            storage_path=str(folder / "ray"),
+            storage_path=str((home_of(folder) or folder) / "ray"),
             failure_config=FailureConfig(
                 max_failures=failures,
                 controller_failure_limit=failures,
@@ -254,16 +258,20 @@ def make_trainer(
 
 
 @contextmanager
-def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Any]:
-    """Ask Ray for room for so many more; yields what becomes ready with it, or None for none."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Callable[[], bool]]:
+    """Ask Ray to keep room for so many more during the block; yields what tells whether it does."""
+    from ray.util.placement_group import (
+        placement_group,
+        placement_group_table,
+        remove_placement_group,
+    )
 
     if not count:
-        yield None
+        yield lambda: False
         return
     group = placement_group([dict(bundle)] * count)
     try:
-        yield group.ready()
+        yield lambda: placement_group_table(group).get("state") == "CREATED"
     finally:
         remove_placement_group(group)
 

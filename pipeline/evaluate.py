@@ -28,6 +28,7 @@ from pipeline.portrait import write_report
 from pipeline.seeding import seed_of
 from pipeline.session import best_device
 from pipeline.shards import shards
+from pipeline.stores import storage_root
 from pipeline.train import open_run
 
 USAGE = f"""
@@ -214,7 +215,7 @@ def corruption_metrics(model: Network, images: Images, seed: int) -> dict[str, f
 def open_ledger(config: Config, network: str, test: Images) -> Ledger:
     """Find the outcomes of a network under the run folders."""
     place = (str(config.seed), digest_of_images(test), digest_of_code(), best_device().type)
-    home = Path(config.storage).expanduser().resolve() / config.experiment / "outcomes"
+    home = storage_root(config.storage) / config.experiment / "outcomes"
     return Ledger(home, network, digest(*place))
 
 
@@ -229,7 +230,7 @@ def track(
     """Write the report, and a run in MLflow that continues where these settings were before."""
     chosen = [sorted(found.metrics), len(found.job.images), plan.cascade]
     key = json.dumps([flatten(config), dict(tags), chosen], sort_keys=True)
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     home = root / f"{config.name}-{digest(key)[:8]}"
     tracker = open_run(config, home, tags)
     write_report(config, found, home, class_names=splits.class_names, sha256=splits.sha256)

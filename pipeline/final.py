@@ -74,6 +74,7 @@ def finish(
         metrics = {**found.metrics, **costs(config, model)}
         draw(config, folder, replace(found, metrics=metrics), splits, history)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        session.kept()
         session.tell("metrics", step=int(meta["update"]), values=metrics)
         for key, text in found.verdict.tags.items():
             session.tell("tag", key=key, value=text)

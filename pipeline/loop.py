@@ -344,7 +344,8 @@ def save(
     if session.rank == 0:
         try:
             write(config, folder, state, progress, update, best)
-        except checkpoint.CheckpointError as caught:
+            session.kept()
+        except ValueError as caught:
             error = caught
     session.share_fate(error)
 

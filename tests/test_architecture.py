@@ -32,6 +32,7 @@ ORDER = (
         "ledger",
         "reach",
     ),
+    ("bucket", "stores", "leases"),
     ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
     ("lookup",),
     ("final", "tryout"),
