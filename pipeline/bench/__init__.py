@@ -7,6 +7,7 @@ turn in one process, so that a busy machine slows all of them: read the ratios, 
 from collections.abc import Callable
 
 from pipeline.bench.inference import inference
+from pipeline.bench.mixture import mixture
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
 from pipeline.bench.step import step
@@ -14,4 +15,5 @@ from pipeline.bench.step import step
 BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,
     "step": step,
+    "mixture": mixture,
 }

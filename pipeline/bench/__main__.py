@@ -28,6 +28,7 @@ with all its cores, or with threads=1. Without a name: all benchmarks, two minut
 
   inference  classify a batch: folded and sorted, masked, dense plain, dense folded
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES
+  mixture    whole networks as experts: a call an expert, and a call an image as released code does
 
 keys and their defaults:
 """
