@@ -107,6 +107,16 @@ class Dual(Network):
         own = route // self.robust.num_experts, route % self.robust.num_experts
         return self.blend(self.standard.along(x_BCHW, own[0]), self.robust.along(x_BCHW, own[1]))
 
+    def decisions(self, route: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Take the pairs of a route apart: the decisions of the routers that there are."""
+        many = self.robust.num_experts
+        halves = ("standard", self.standard, route // many), ("robust", self.robust, route % many)
+        return {
+            f"{name} {word}": decision
+            for name, half, own_B in halves
+            for word, decision in half.decisions(own_B).items()
+        }
+
     def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
         """Classify (B, K) with the routing of other images, whose scores of the pairs are given.
 

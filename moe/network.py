@@ -85,6 +85,10 @@ class Network(nn.Module):
                 last = self.num_experts - 1
                 raise ValueError(f"route names expert {int(expert)}, valid are 0 to {last}")
 
+    def decisions(self, route: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Say who decided what: for each router its experts' indices, and how many there are."""
+        return {"router": (route, self.num_experts)} if self.num_experts > 1 else {}
+
     def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
         """Classify (B, K) with the routing of other images, whose router scores are given."""
         return self.along(x_BCHW, scores.argmax(-1))

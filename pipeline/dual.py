@@ -102,6 +102,8 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"no key {unknown[0]!r}, only {known}*")
     if "dataset.test_images" in settings:
         plan = replace(plan, tier=replace(plan.tier, images=None))
+    if plan.tier.steps is not None:
+        settings.setdefault("evaluation.steps", str(plan.tier.steps))
     here = {k: v for k, v in settings.items() if k in WHERE}
     where = override(Config(batch_size=2 * parse("workers", here.get("workers", 1), int)), here)
     alphas = read_alphas(own.get("alpha", ALPHAS))
@@ -114,7 +116,7 @@ def run(argv: list[str]) -> int:
         both = read_half(joint, where) if joint else None
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
-    mix = own.get("mix") or (both.config.backbone.mix if both else "probabilities")  # type: ignore[attr-defined]
+    mix = own.get("mix") or getattr(both and both.config.backbone, "mix", "probabilities")
     check_mix(0, mix)
     sweep = Sweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
     return draw(halves, both, sweep, {"workers": 1, "batch_size": 2 * where.workers, **settings})

@@ -316,13 +316,12 @@ def validate(
         total=session.total,
     )
     values = {f"val/{name}": float(hits.float().mean()) for name, hits in verdicts.correct.items()}
-    experts = config.backbone.num_experts
-    if experts > 1:
-        share_E = load(verdicts.route, experts)
-        values["val/max_load"] = float(share_E.max())
-        if values["val/max_load"] > COLLAPSED:
+    for name, (route, experts) in state.model.decisions(verdicts.route).items():
+        share_E = load(route, experts)
+        values["val/max_load"] = max(values.get("val/max_load", 0.0), most := float(share_E.max()))
+        if most > COLLAPSED:
             text = (
-                f"the router sends {values['val/max_load']:.1%} of the validation images to expert "
+                f"the {name} sends {most:.1%} of the validation images to expert "
                 f"{int(share_E.argmax())}: it has collapsed"
             )
             session.tell("warning", text=text)

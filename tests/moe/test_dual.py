@@ -93,6 +93,18 @@ def test_an_expert_of_a_dual_model_is_a_pair(pair: tuple[str, str]) -> None:
         model.along(x_BCHW, torch.full((24,), model.num_experts))
 
 
+def test_pairs_of_a_route_come_apart_into_the_decisions_of_each_router() -> None:
+    model, x_BCHW = made(("layered", "hard")), images()
+    found = model.decisions(model(x_BCHW).route)
+    assert found.keys() == {"standard router", "robust router"}
+    for side, experts in (("standard", 2), ("robust", 3)):
+        route_B, count = found[f"{side} router"]
+        assert count == experts
+        assert torch.equal(route_B, getattr(model, side)(x_BCHW).route)
+    half_routed = made(("dense", "soft"))
+    assert half_routed.decisions(half_routed(x_BCHW).route).keys() == {"robust router"}
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_held_routing_is_that_of_other_images_in_both_halves(pair: tuple[str, str]) -> None:
     model, x_BCHW = made(pair), images()

@@ -76,12 +76,13 @@ def test_two_runs_and_a_joint_one_are_swept_and_tracked(
         (curve, alpha) for curve in ("post hoc", "joint") for alpha in (0, 0.6, 1)
     ]
     for row in rows:
+        ends = ("_worst", "_low", "_high")
         attacks = [
-            float(v)
-            for k, v in row.items()
-            if re.fullmatch(r"test/ra_\w+", k) and v and not k.endswith(("low", "high"))
+            float(value)
+            for name, value in row.items()
+            if name.startswith("test/ra_") and not name.endswith(ends) and value
         ]
-        assert float(row["test/ra_worst"]) == min(attacks) <= float(row["test/sa"])
+        assert float(row["test/ra_worst"]) <= min(attacks) <= float(row["test/sa"])
         assert bool(row["test/ra_transfer_robust"]) == (row["alpha"] == "0.6")
         assert row["verdict"].startswith(("reliable", "unreliable", "implausible"))
     from mlflow import MlflowClient
