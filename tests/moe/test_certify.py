@@ -18,24 +18,22 @@ from moe.certify import (
     Seen,
     Status,
     constants,
-    floor_radius,
     look,
-    margin_floor,
     margins,
     need_of_dual,
-    plane_distance,
-    route_radius,
     softmax_each,
     softmax_pairs,
     statuses,
     theorem_radius,
     theorem_radius_per_class,
 )
-from moe.lipschitz import NoBoundError
+from moe.floors import floor_radius, margin_floor
 from moe.mixture import LinearRouter, Mixture
 from moe.network import Network
 from moe.normalize import Normalize
+from moe.reach import NoBoundError
 from moe.routing import Routing
+from moe.stable_routes import plane_distance, route_radius
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
 from pipeline.losses import margin_per_image

@@ -14,15 +14,9 @@ from torch.testing import assert_close
 from moe.backbones import BACKBONES
 from moe.backbones.parts import ACTIVATIONS
 from moe.folding import fold
-from moe.lipschitz import (
-    STEEPEST,
-    NoBoundError,
-    affine_rows,
-    difference_constants,
-    reach,
-    sampled_constant,
-)
+from moe.lipschitz import affine_rows, difference_constants, sampled_constant
 from moe.network import Network
+from moe.reach import STEEPEST, NoBoundError, reach
 from tests.conftest import settled
 
 NETS: dict[str, dict[str, Any]] = {
