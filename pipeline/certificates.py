@@ -20,18 +20,18 @@ from moe.certify import (
     Seen,
     Status,
     constants,
-    floor_radius,
     look,
     need_of_dual,
-    route_radius,
     statuses,
     theorem_radius,
     theorem_radius_per_class,
 )
+from moe.floors import floor_radius
 from moe.folding import fold
 from moe.lipschitz import sampled_constant
 from moe.network import Network
 from moe.smoothing import ABSTAIN, Smoothing
+from moe.stable_routes import route_radius
 from pipeline.data.loading import Images, to_float
 from pipeline.measures.interval import wilson
 from pipeline.plots import _axes

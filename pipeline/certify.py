@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moe.certify import Constants
-from moe.lipschitz import NoBoundError
 from moe.network import Network
+from moe.reach import NoBoundError
 from moe.smoothing import Smoothing
 from pipeline import checkpoint
 from pipeline.certificates import (

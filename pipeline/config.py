@@ -234,7 +234,7 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        flat = {k: v for k, v in flatten(self).items() if LATER.get(k) != v}
+        flat = {k: v for k, v in flatten(self).items() if k not in LATER or v != LATER[k]}
         deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 

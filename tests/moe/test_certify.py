@@ -18,24 +18,22 @@ from moe.certify import (
     Seen,
     Status,
     constants,
-    floor_radius,
     look,
-    margin_floor,
     margins,
     need_of_dual,
-    plane_distance,
-    route_radius,
     softmax_each,
     softmax_pairs,
     statuses,
     theorem_radius,
     theorem_radius_per_class,
 )
-from moe.lipschitz import NoBoundError
+from moe.floors import floor_radius, margin_floor
 from moe.mixture import LinearRouter, Mixture
 from moe.network import Network
 from moe.normalize import Normalize
+from moe.reach import NoBoundError
 from moe.routing import Routing
+from moe.stable_routes import plane_distance, route_radius
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
 from pipeline.losses import margin_per_image
@@ -173,7 +171,8 @@ def test_layers_as_experts_are_certified_along_the_route(build: Any, name: str) 
     found, seen, y_B = proven(model, x_BCHW)
     assert found.router_ED is None
     radius_B = certified(model, x_BCHW)
-    assert 0 < radius_B.median() < 1 / 255
+    assert 0 < theorem_radius(seen, found, y_B).median() < 1 / 255
+    assert radius_B.max() < 1 / 255
     route_B = route_radius(seen, found, x_BCHW)
     marks = statuses(radius_B, route_B, torch.ones_like(y_B))
     assert set(marks) <= {Status.VACUOUS, Status.NOT_APPLICABLE}
@@ -234,7 +233,8 @@ def test_linear_classifier_has_the_distance_to_its_nearest_boundary() -> None:
 
 
 @pytest.mark.parametrize("kind", ["hard", "top", "all"])
-def test_constants_of_differences_give_more_than_twice_those_of_classes(kind: str) -> None:
+def test_constants_of_differences_never_give_less_than_those_of_classes(kind: str) -> None:
+    """And more where the router takes part: its term is not doubled."""
     model, x_BCHW = mixture(kind), images(50)
     found, seen, y_B = proven(model, x_BCHW)
     pairs, each = softmax_pairs(found.logits_EKK), softmax_each(found.logits_EKK)
@@ -242,7 +242,7 @@ def test_constants_of_differences_give_more_than_twice_those_of_classes(kind: st
     differences_B = theorem_radius(seen, found, y_B)
     classes_B = theorem_radius_per_class(seen, found, y_B)
     assert (differences_B >= classes_B - 1e-12).all()
-    assert (differences_B > 1.01 * classes_B).any()
+    assert (differences_B > 1.01 * classes_B).any() == (kind != "hard")
     assert (classes_B > 0).all()
 
 
@@ -318,7 +318,7 @@ def test_no_standard_half_breaks_the_dual_model_inside_its_radius() -> None:
     """Against the worst F_S that there is: all its probability on the runner-up."""
     model, x_BCHW = mixture("all"), images(60)
     found, seen, y_B = proven(model, x_BCHW)
-    alpha = 0.95
+    alpha = 0.97
     radius_B = floor_radius(seen, found, y_B, need=need_of_dual(alpha))
     assert (radius_B > 0).float().mean() > 0.3
     assert (radius_B <= floor_radius(seen, found, y_B)).all()
