@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
+from pipeline.sweep.ablation import (
+    Ablation,
+    ablation_of,
+    ablation_table,
+    draw_ablation,
+    write_ablation,
+)
 from pipeline.sweep.chart import Frame, draw_front, frame_of
 from pipeline.sweep.conditions import conditions
 from pipeline.sweep.front import front_of
+from pipeline.sweep.importance import importance_table
 from pipeline.sweep.page import (
     Picture,
     list_section,
@@ -43,6 +52,7 @@ class Answer:
     conditions: tuple[str, ...]
     notes: tuple[str, ...]
     tables: tuple[Table, ...]
+    ablation: Ablation | None = None
 
     @property
     def places(self) -> dict[str, int]:
@@ -70,7 +80,10 @@ def answer(sweep: Sweep) -> Answer:
     """Work out the front, and what has to be said of it."""
     able, notes = competing(sweep)
     front = front_of(able, sweep.axes)
-    tables = [front_table(sweep, front), others_table(sweep, front), finalists_table(sweep)]
+    ablation = ablation_of(sweep, able)
+    tables = [ablation_table(ablation)] if ablation else []
+    tables += [front_table(sweep, front), finalists_table(sweep), others_table(sweep, front)]
+    tables += [] if ablation else [importance_table(sweep, able)]
     return Answer(
         sweep,
         tuple(front),
@@ -78,6 +91,7 @@ def answer(sweep: Sweep) -> Answer:
         tuple(conditions(sweep, able)),
         (*sweep.notes, *notes),
         tuple(table for table in tables if table.rows),
+        ablation,
     )
 
 
@@ -91,6 +105,10 @@ def write(found: Answer, folder: Path) -> list[Path]:
         files.append(folder / "front.png")
         frame = frame_of(found.sweep, found.front, found.compared)
         draw_front(frame, found.places, files[-1], "png")
+    if found.ablation:
+        files += [folder / "ablation.csv", folder / "ablation.png"]
+        write_ablation(found.ablation, files[-2])
+        draw_ablation(found.ablation, files[-1], "png")
     files.append(folder / "front.html")
     files[-1].write_text(html(found), encoding="utf-8")
     return files
@@ -104,6 +122,10 @@ def html(found: Answer) -> str:
         sections.append(picture_section(front_picture(found, ids)))
     else:
         sections.append(f"<p>{escape(NO_FRONT)}</p>")
+    if ablation := found.ablation:
+        said = f"Shares over the values of {ablation.name}, with 95% intervals; below, the cost."
+        draw = partial(draw_ablation, ablation, kind="svg")
+        sections.append(picture_section(Picture("ablation", said, draw, {})))
     sections += [table_section(table, ids) for table in found.tables]
     if found.notes:
         sections.append(list_section("Notes", found.notes))
@@ -127,7 +149,7 @@ def front_picture(found: Answer, ids: Mapping[str, str]) -> Picture:
         "the front. The tables below hold every number."
     )
     return Picture(
-        "front", description, lambda out: draw_front(frame, found.places, out, "svg"), marks
+        "front", description, partial(draw_front, frame, found.places, kind="svg"), marks
     )
 
 
@@ -146,7 +168,7 @@ def markdown(found: Answer) -> str:
     if not found.front:
         parts.append(NO_FRONT)
     for table in found.tables:
-        parts += [f"## {table.title}", as_markdown(table)]
+        parts += [f"## {table.title}", *table.notes, as_markdown(table)]
     if found.notes:
         parts += ["## Notes", "\n".join(f"- {line}" for line in found.notes)]
     return "\n\n".join(parts) + "\n"
