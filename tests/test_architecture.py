@@ -42,7 +42,7 @@ ORDER = (
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
     "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming", "preflight", "doctor"},
-    "mlflow": {"tracking", "report"},
+    "mlflow": {"tracking", "report", "sweep"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
 HEAVY = (

@@ -156,4 +156,5 @@ def told(found: Association, p: float, *, enough: bool) -> str:
     text = f"{found.value:{sign}.2f} ({found.low:{sign}.2f} to {found.high:{sign}.2f})"
     if not enough:
         return f"{text}, too few"
-    return f"{text}, p {p:.3f}" + ("" if p < ALPHA else ": may be chance")
+    chance = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{text}, {chance}" + ("" if p < ALPHA else ": may be chance")
