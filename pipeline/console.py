@@ -25,10 +25,12 @@ TITLES = {
     "test/ra_apgd_dlr": "RA, APGD on the ratio of logits",
     "test/ra_apgd_t": "RA, targeted APGD",
     "test/ra_aa": "RA, AutoAttack standard",
+    "test/ra_aa_surrogate": "RA, AutoAttack by soft gates' gradient",
     "test/ra_square": "RA, Square (black box)",
     "test/ra_surrogate": "RA, gradients of other gates",
     "test/ra_surrogate_apgd": "RA, gradients of other gates, APGD",
     "test/ra_adaptive": "RA, classifier and router at once",
+    "test/ra_transfer": "RA, images made on another model",
     "test/ra_noise": "accuracy under noise",
     "test/ra_floor": "floor: the attacker sets the route",
     "test/ra_router": "RA, router attacked",
@@ -79,6 +81,12 @@ class Follower:
     def _show_resumed(self, event: Mapping[str, Any]) -> None:
         where = f"epoch {event['epoch']}" + (f", update {event['step']}" if event["step"] else "")
         self.say(f"continues after {where} from {event['checkpoint']}")
+
+    def _show_crew(self, event: Mapping[str, Any]) -> None:
+        self.say(f"{event['count']} of {event['of']} worker(s)")
+
+    def _show_stopped(self, event: Mapping[str, Any]) -> None:
+        self.say(event["text"])
 
     def _show_epoch(self, event: Mapping[str, Any]) -> None:
         v = event["values"]

@@ -65,14 +65,14 @@ def shards(
         return done
     import ray
 
-    from pipeline.worker import Mailbox
+    from pipeline.worker import open_mailbox
 
     def shard(rank: int, net: Network, work: Mapping[str, Job], mailbox: Any) -> Any:
         torch.set_num_threads(1)
         return share(rank, net, work, mailbox.put.remote)
 
     with ray_cluster(config):
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        mailbox = open_mailbox()
         task = ray.remote(num_cpus=1)(shard)
         net, work = ray.put(model), ray.put(dict(jobs))
         with delivering(mailbox, follower.handle):

@@ -12,17 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema"),
+    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff", "norms"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
-    ("measures",),
+    ("measures", "elastic"),
     ("config",),
     ("cells",),
     (
         "presets",
         "optim",
         "checkpoint",
+        "pretrained",
         "stages",
         "plots",
         "route_plots",
@@ -31,17 +32,24 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
-    ("final",),
+    ("bucket", "stores", "leases"),
+    ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
+    ("lookup",),
+    ("final", "tryout"),
     ("loop", "masked"),
     ("worker", "preflight"),
+    ("crew",),
     ("train", "data_tool", "report"),
     ("shards", "sweep"),
-    ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming", "preflight", "doctor"},
+    "ray": {
+        *("worker", "crew", "train", "shards", "tune", "grid"),
+        *("data.streaming", "preflight", "doctor"),
+    },
     "mlflow": {"tracking", "report", "sweep"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}

@@ -120,6 +120,8 @@ def reason_against(run: Run, status: str) -> str:
     """Say why a run does not belong in a comparison; empty if it does."""
     if EVALUATED in run.tags:
         return "evaluations of other runs"
+    if "trial" in run.tags:  # judged on the test split by another tier, if at all
+        return "trials of sweeps"
     if "algorithm" not in run.params or "backbone" not in run.params:
         return "parents of other runs"
     if status != "FINISHED" or run.tags.get("status", "finished") != "finished":

@@ -15,14 +15,8 @@ from pipeline.measures.interval import wilson
 from pipeline.report.grouping import conditions_of
 from pipeline.report.runs import Run, every, run_of
 from pipeline.report.statistics import Estimate, estimate
-from pipeline.tracking import (
-    SQLITE,
-    active_run,
-    download,
-    mlflow_client,
-    resolve_uri,
-    without_password,
-)
+from pipeline.tracking import SQLITE, download, mlflow_client, resolve_uri, without_password
+from pipeline.tracking.server import active_run
 
 KIND = "robust_moe.kind"
 STATUSES = ("finished", "stopped", "failed", "infeasible")
