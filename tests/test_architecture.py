@@ -50,7 +50,7 @@ ONLY = {
         *("worker", "crew", "train", "shards", "tune", "grid"),
         *("data.streaming", "preflight", "doctor"),
     },
-    "mlflow": {"tracking", "report"},
+    "mlflow": {"tracking", "report", "sweep"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
 HEAVY = (

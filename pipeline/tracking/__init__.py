@@ -1,6 +1,6 @@
 """MLflow, for the driver process: one run is told in events, and kept on disk until MLflow has it.
 
-The only room but ``report`` that imports mlflow, and only inside functions: that takes seconds.
+Only this room, ``report`` and ``sweep`` import mlflow, inside functions: that takes seconds.
 """
 
 from pipeline.tracking.finding import EVALUATED, PARENTS, download, resolve_run
