@@ -111,14 +111,10 @@ def test_four_cells_on_three_nodes_of_which_one_is_killed_all_finish(
 ) -> None:
     for _ in range(3):
         nodes.add(2)
-    words = (
-        "backbone=small backbone.ratio=0.125 dataset=synthetic algorithm=s_dense precision=fp32 "
-    )
-    words += "algorithm.attack.steps=12 checkpoint_steps=3"
+    words = "backbone=small backbone.ratio=0.125 dataset=synthetic algorithm=s_dense epochs=8 "
+    words += "precision=fp32 algorithm.attack.steps=12 checkpoint_steps=3 seed=0,1,2,3 at_once=4"
     small = [word for word in WORDS if word != "dataset=synthetic"]
-    process = command.start(
-        "pipeline.grid", *words.split(), *small, "epochs=8", "seed=0,1,2,3", "at_once=4"
-    )
+    process = command.start("pipeline.grid", *words.split(), *small)
     command.wait_for(lambda: sum(map(len, nodes.workers().values())) == 4)
     command.wait_for(lambda: len(command.checkpoints()) >= 4)
     nodes.kill(busy(nodes)[-1])
