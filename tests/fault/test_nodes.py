@@ -70,6 +70,7 @@ def test_run_outlives_a_node_that_was_announced_to_go_and_one_that_was_not(
     code, out = command.end(process)
     assert code == 0, out
     assert out.count("continues after") == 2
+    assert "raylet" not in out, "Ray's own words stay in its logs"
     folder = command.folder("tiny")
     assert leftovers(folder) == []
     ((status, _, told),) = command.runs().values()
