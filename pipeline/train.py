@@ -169,6 +169,8 @@ def fit_on_ray(
             ending.update(event)
         if event["kind"] == "judging":
             ending["judging"] = True
+        if event["kind"] == "progress":
+            ending["updates"] = ending.get("updates", 0) + 1
         tracker.handle(event)
         follower.handle(event)
 
