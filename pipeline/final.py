@@ -43,8 +43,9 @@ def finish(
     model = checkpoint.load_model(best).to(session.device)
     began = time.monotonic()
 
-    def tell(done: int, of: int) -> None:
-        session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)
+    def tell(done: int, of: int, name: str) -> None:
+        spent = time.monotonic() - began
+        session.tell("judging", what=name, done=done, of=of, seconds=spent)
 
     seed, device = seed_of(config.seed, "test"), session.device
     dense = config.backbone.num_experts == 1

@@ -83,7 +83,7 @@ def plot_over_eps(
         axes.errorbar(
             [scale * radius],
             [share],
-            [[share - low], [high - share]],
+            [[max(0.0, share - low)], [max(0.0, high - share)]],
             color="C3",
             marker="s",
             markersize=5,

@@ -19,7 +19,7 @@ from pipeline.bench.settings import Settings, settle
 from pipeline.losses import margin_per_image
 from pipeline.masked import masked
 from pipeline.measures import AutoAttack
-from pipeline.measures.attacked import Attacked
+from pipeline.measures.attacked import Attacked, is_correct
 from pipeline.measures.auto_pgd import AutoPGD
 from pipeline.seeding import ImageNoise
 
@@ -28,11 +28,15 @@ COUNTED = 4  # steps of APGD that warm up and are counted in place of the whole 
 
 
 class Plain(nn.Module):
-    """A network that gets its images in the plain layout, as the masked one does elsewhere."""
+    """A network that gets its images in the plain layout, as the masked one does elsewhere.
+
+    Frozen, and with the true gradient of its hard gates, as ``fold`` makes ours.
+    """
 
     def __init__(self, model: Network):
         super().__init__()
         self.model = model.requires_grad_(False)
+        self.model.gate_gradient = False
 
     def forward(self, x_BCHW: Tensor) -> Routed:
         routed: Routed = self.model(x_BCHW.contiguous())
@@ -49,7 +53,7 @@ def autoattack(settings: Settings) -> Benchmark:
     x_BCHW, _ = settings.images()
     mixture = settle(settings.mixture(), x_BCHW)
     slow, fast = Plain(masked(mixture)), fold(relaid(mixture))
-    x_ACHW = channels_last(x_BCHW[: settings.attacked])
+    x_ACHW = channels_last(replace(settings, batch=settings.attacked).images()[0])
     with torch.no_grad():
         y_A = fast(x_ACHW).logits.argmax(1)
     threat = PGD(eps=median_radius(fast, x_ACHW, y_A))
@@ -79,10 +83,12 @@ def autoattack(settings: Settings) -> Benchmark:
         ]
 
     def notes() -> list[str]:
-        stand, other = (found[name].correct_B for name in (OURS, MASKED))
+        (stand, x_ours), (other, x_twin) = found[OURS], found[MASKED]
+        alike = [alike_on(slow, x_ours, y_A, stand), alike_on(fast, x_twin, y_A, other)]
         return [
             f"{int(stand.sum())} of {len(stand)} images stand on ours, {int(other.sum())} on the "
             f"masked twin; the same fate: {int((stand == other).sum())} of {len(stand)}",
+            f"attacked images judged on the other network: {sum(alike)} of {2 * len(stand)} alike",
         ]
 
     return Benchmark(
@@ -92,6 +98,11 @@ def autoattack(settings: Settings) -> Benchmark:
         notes=notes,
         compare=compare,
     )
+
+
+def alike_on(model: nn.Module, x_adv: Tensor, y_B: Tensor, correct_B: Tensor) -> int:
+    """Count the attacked images that another network answers as the attacked one did."""
+    return int((is_correct(model, x_adv, y_B) == correct_B).sum())  # type: ignore[arg-type]
 
 
 def median_radius(model: Network, x_BCHW: Tensor, y_B: Tensor) -> float:

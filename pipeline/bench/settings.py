@@ -56,7 +56,8 @@ class Settings:
         if self.backbone not in BACKBONES:
             raise ValueError(f"no backbone {self.backbone!r}, only {', '.join(BACKBONES)}")
         lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0, "epochs": 2}
-        whole = (*lowest, "attacked", "updates", "rounds", "threads")
+        lowest["attacked"] = 2
+        whole = (*lowest, "updates", "rounds", "threads")
         for key in whole:
             if (value := getattr(self, key)) < (least := lowest.get(key, 1)):
                 raise ValueError(f"{key} must be at least {least}, got {value}")

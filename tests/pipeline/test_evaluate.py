@@ -49,9 +49,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture that gets most images right."""
+    return trained(tmp_path_factory.mktemp("taught"), algorithm="standard", epochs=8)
+
+
+@pytest.fixture(scope="module")
 def dense_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dense = {"algorithm": "trades", "backbone.num_experts": 1, "backbone.ratio": 1}
-    return trained(tmp_path_factory.mktemp("dense"), **dense)
+    dense = {"backbone.num_experts": 1, "backbone.ratio": 1}
+    return trained(tmp_path_factory.mktemp("dense"), algorithm="standard", epochs=8, **dense)
 
 
 @pytest.fixture
@@ -153,6 +159,8 @@ def test_repeated_evaluation_attacks_nothing_and_says_the_same(
     assert table(outs[0]) == table(outs[1])
     assert "verdict: " in outs[1]
     assert "corruption/mean" in outs[1]
+    assert re.search(r"^ra_pgd2: 24 images in \d+ s, [\d.e+]+ images/s$", outs[0], re.MULTILINE)
+    assert re.search(r"^ra_pgd2: all 24 outcomes are known from before$", outs[1], re.MULTILINE)
     assert re.search(r"ra_pgd2 +│ +24 │ +0 │ +[\d.]+ │ +[\d.]+", outs[0]), "seconds and images/s"
     (run,) = children(at_home)
     assert run.data.tags["verdict"] in ("reliable", "unreliable", "implausible")
@@ -220,11 +228,11 @@ def test_cascade_gives_the_worst_case_alone(
 
 
 def test_images_made_on_another_run_count_into_the_worst_case(
-    checkpoint: Path, dense_twin: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+    taught: Path, dense_twin: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = []
-    for source in (dense_twin, dense_twin, checkpoint):
-        command = [str(checkpoint), "measure=sa", f"transfer={source}", "evaluation.eps=0.2"]
+    for source in (dense_twin, dense_twin, taught):
+        command = [str(taught), "measure=sa", f"transfer={source}", "evaluation.eps=0.1"]
         assert evaluate.run(command) == 0
         out = capsys.readouterr().out
         shares = {line.split()[0]: re.findall(r"([\d.]+)%", line)[0] for line in table(out)[:3]}
@@ -234,21 +242,20 @@ def test_images_made_on_another_run_count_into_the_worst_case(
     (first, none), (again, all_), (white, some) = rows
     assert (none, all_, some) == ("0", "48", "24"), "another source is another attack"
     assert first == again
-    assert first["test/ra_worst"] == first["test/ra_transfer"] < first["test/sa"]
-    assert float(white["test/ra_transfer"]) <= float(first["test/ra_transfer"]), "white box"
+    assert first["test/ra_worst"] == first["test/ra_transfer"]
+    left = [float(shares["test/ra_transfer"]) for shares in (white, first)]
+    assert left[0] <= left[1] < float(first["test/sa"]), "from itself: a white-box attack"
     runs = {run.data.tags["transfer"]: run for run in children(at_home)}
-    assert runs.keys() == {str(dense_twin.resolve()), str(checkpoint.resolve())}
+    assert runs.keys() == {str(dense_twin.resolve()), str(taught.resolve())}
 
 
-def test_transferred_images_are_judged_on_the_model_at_hand(
-    checkpoint: Path, dense_twin: Path, at_home: Path
-) -> None:
+def test_transferred_images_are_judged_on_the_model_at_hand(taught: Path, dense_twin: Path) -> None:
     """Against attack, network and judgement written out by hand."""
-    model, source = load_model(checkpoint), load_model(dense_twin)
-    config = load_config(checkpoint)
+    model, source = load_model(taught), load_model(dense_twin)
+    config = load_config(taught)
     test = config.dataset.load(config.seed).test
     x_NCHW, y_N = to_float(test.pixels_NCHW), test.labels_N
-    attack = PGD(eps=0.2, step_size=0.05, steps=4)
+    attack = PGD(eps=0.1, step_size=0.05, steps=4)
     noise = ImageNoise(0, torch.arange(len(y_N)))
     found = Transfer(source=fold(source), attack=attack)(fold(model), x_NCHW, y_N, noise)
     x_adv = attack.begin(x_NCHW, ImageNoise(0, torch.arange(len(y_N))))
@@ -263,7 +270,8 @@ def test_transferred_images_are_judged_on_the_model_at_hand(
     with torch.no_grad():
         stand_N = (model(x_NCHW).logits.argmax(1) == y_N) & (model(x_adv).logits.argmax(1) == y_N)
     assert torch.equal(found.correct_B, stand_N)
-    assert 0 < int(stand_N.sum()) < len(y_N)
+    clean_N = model(x_NCHW).logits.argmax(1) == y_N
+    assert 0 < int(stand_N.sum()) < int(clean_N.sum())
 
 
 def test_source_of_other_classes_is_refused(
