@@ -106,11 +106,11 @@ def reach(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Reach:
     return Reach(found.each * ROUND_UP, found.rows_KF, found.inner_F, affine)
 
 
-class _Tracker(TorchDispatchMode):
+class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operation, and keeps the reach of what depends on the image."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known: dict[int, tuple[Tensor, Reach]] = {}
         self.names: set[str] = set()
 

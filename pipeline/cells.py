@@ -165,7 +165,7 @@ def offered(axis: str) -> tuple[str, ...]:
 def costs(config: Config) -> tuple[Cost, Cost]:
     """Count the net of a run, and its dense twin (one expert, ratio 1), on one image."""
     size, classes = config.dataset.image_size, config.dataset.num_classes
-    backbone = config.backbone
+    backbone: Any = config.backbone
     return _count(backbone, classes, size), _count(dense_twin(backbone), classes, size)
 
 

@@ -30,10 +30,11 @@ from pipeline.command import fail, main, read_arguments
 from pipeline.config import Config, flatten, override, parse
 from pipeline.console import Follower, aligned
 from pipeline.data.loading import Images, even_subset
-from pipeline.evaluate import find
 from pipeline.ledger import digest
+from pipeline.lookup import find
 from pipeline.seeding import seed_of
 from pipeline.session import best_device
+from pipeline.stores import storage_root
 from pipeline.train import open_run
 
 USAGE = f"""
@@ -209,7 +210,7 @@ def track(
 ) -> None:
     """Write table and plots, and a run in MLflow that continues where these settings were."""
     key = json.dumps([flatten(config), dict(tags), asdict(plan)], sort_keys=True)
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     home = root / f"{config.name}-{digest(key)[:8]}"
     tracker = open_run(config, home, tags)
     write(found, test, home)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -229,7 +229,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def aligned(rows: list[tuple[str, ...]], left: int = 1) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], left: int = 1) -> str:
     """Lay out rows as text for a terminal or a log: so many columns to the left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.backbones.dual import DualNetworks
-from moe.dual import Dual, check_mix
+from moe.dual import Dual, Mix, check_mix
 from moe.folding import fold
 from moe.network import Network
 from pipeline import checkpoint
@@ -25,17 +25,18 @@ from pipeline.evaluate import (
     PREFIXES,
     WHERE,
     Plan,
-    find,
     open_ledger,
     plan_jobs,
     read_plan,
 )
 from pipeline.examine import Findings, examine
 from pipeline.ledger import digest
+from pipeline.lookup import find, origin
 from pipeline.measures import END_OF_RUN, Transfer
 from pipeline.plots import plot_trade_off
 from pipeline.session import best_device
 from pipeline.shards import shards
+from pipeline.stores import storage_root
 from pipeline.tracking import EVALUATED
 from pipeline.tradeoff import Curve, Point, as_markdown, write_csv
 from pipeline.train import open_run
@@ -81,7 +82,7 @@ class Sweep:
     """What is asked of each pair: the weights, what is mixed, and the attacks."""
 
     alphas: tuple[float, ...]
-    mix: str
+    mix: Mix
     plan: Plan
     transfer: bool = True
 
@@ -116,7 +117,7 @@ def run(argv: list[str]) -> int:
         both = read_half(joint, where) if joint else None
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
-    mix = own.get("mix") or getattr(both and both.config.backbone, "mix", "probabilities")
+    mix: Any = own.get("mix") or getattr(both and both.config.backbone, "mix", "probabilities")
     check_mix(0, mix)
     sweep = Sweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
     return draw(halves, both, sweep, {"workers": 1, "batch_size": 2 * where.workers, **settings})
@@ -135,16 +136,15 @@ def read_half(name: str, where: Config) -> Half:
     with tempfile.TemporaryDirectory() as scratch:
         folder, tags = find(name, where, Path(scratch))
         model, config = checkpoint.load_model(folder), checkpoint.load_config(folder)
-        weights = checkpoint.sha256(folder / "model.safetensors")
-    identity = digest(weights, json.dumps(flatten(config.backbone), sort_keys=True))
-    return Half(tags[EVALUATED], model, config, identity)
+        return Half(tags[EVALUATED], model, config, origin(config, folder))
 
 
 def draw(halves: Sequence[Half], both: Half | None, sweep: Sweep, changes: dict[str, Any]) -> int:
     """Attack every mixture of the pairs; write the table and the plot, and track them."""
-    pairs = [("post hoc", *halves)] if halves else []
+    pairs = [("post hoc", halves[0], halves[1])] if halves else []
     if both is not None:
-        pairs.append(("joint", *split(both)))
+        standard, robust = split(both)
+        pairs.append(("joint", standard, robust))
     base = pairs[0][2].config
     for _, *pair in pairs:
         for half in pair:
@@ -209,12 +209,12 @@ def attacked(
             model, identity, backbone = half.model, half.identity, half.config.backbone
         else:
             parts = standard.model, robust.model
-            model = Dual(*parts, alpha=alpha, mix=sweep.mix).eval()  # type: ignore[arg-type]
+            model = Dual(*parts, alpha=alpha, mix=sweep.mix).eval()
             backbone = DualNetworks(
                 standard=standard.config.backbone,
                 robust=robust.config.backbone,
                 alpha=alpha,
-                mix=sweep.mix,  # type: ignore[arg-type]
+                mix=sweep.mix,
             )
             identity = digest(standard.identity, robust.identity, f"{alpha} {sweep.mix}")
         own = replace(config, backbone=backbone, algorithm=Standard())
@@ -247,7 +247,7 @@ def transfers(model: Dual, config: Config) -> dict[str, Transfer]:
     """Make images on either half alone, judged on the mixture: a half may hide the other's."""
     attack, device = config.evaluation.attack(config.evaluation.steps), best_device()
     return {
-        f"ra_transfer_{name}": Transfer(source=fold(half.to(device)), attack=attack)
+        f"ra_transfer_{name}": Transfer(source=fold(half.to(device)), attack=attack, origin=name)
         for name, half in (("standard", model.standard), ("robust", model.robust))
     }
 
@@ -265,7 +265,7 @@ def track(
     tags |= {"dual_joint": both.name} if both else {}
     tags |= {EVALUATED: " ".join(tags.values()), "mix": sweep.mix}
     asked = [flatten(config), tags, sweep.alphas, sorted(curves[0].points[0].metrics)]
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     home = root / f"dual {config.name}-{digest(json.dumps(asked, sort_keys=True))[:8]}"
     (home / "plots").mkdir(parents=True, exist_ok=True)
     write_csv(curves, home / "alpha.csv")

@@ -14,10 +14,11 @@ from pipeline.bench.race import Benchmark, Outcome, Variant
 from pipeline.bench.settings import CLASSES, Settings
 from pipeline.config import Config, override
 from pipeline.console import Follower
+from pipeline.crew import cause
 from pipeline.data.loading import hold_out
 from pipeline.loop import fit
 from pipeline.session import Session
-from pipeline.train import fit_on_ray, open_run, root_cause
+from pipeline.train import fit_on_ray, open_run
 
 BARE, TRACKED = "bare loop", "Ray Train, MLflow"
 TARGET = 1.05
@@ -54,7 +55,7 @@ def pipeline(settings: Settings) -> Benchmark:
             try:
                 ending = fit_on_ray(kept, home, tracker, ends)
             except Exception as error:
-                raise RuntimeError(root_cause(error)) from error
+                raise RuntimeError(cause(error)) from error
             if not tracker.close("finished") or "metrics" not in ending:
                 raise RuntimeError(f"the run did not end well: {ending.get('text', 'no MLflow')}")
         return ends.epochs()

@@ -151,7 +151,7 @@ def resting() -> type["ExecutionCallback"]:
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Resting(ExecutionCallback):
+    class Resting(ExecutionCallback):  # type: ignore[misc]
         def on_execution_step(self, executor: Any) -> None:
             time.sleep(REST)
 

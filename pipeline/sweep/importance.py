@@ -102,7 +102,7 @@ def ratio(groups_RN: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
         inside_RN = groups_RN == group
         count_R = np.maximum(inside_RN.sum(1), 1)
         between_R += (centred_RN * inside_RN).sum(1) ** 2 / count_R
-    return np.sqrt(between_R / (centred_RN**2).sum(1))
+    return np.asarray(np.sqrt(between_R / (centred_RN**2).sum(1)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -6,8 +6,8 @@ Only this room, ``report`` and ``sweep`` import mlflow, inside functions: that t
 from pipeline.tracking.finding import EVALUATED, PARENTS, download, resolve_run
 from pipeline.tracking.models import log_torch_model
 from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri, without_password
-from pipeline.tracking.strict import OutageError, strictly
-from pipeline.tracking.tracker import Tracker, end_abandoned, send_rest
+from pipeline.tracking.strict import strictly
+from pipeline.tracking.tracker import OutageError, Tracker, end_abandoned, send_rest
 
 __all__ = [
     "EVALUATED",
