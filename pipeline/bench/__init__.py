@@ -7,10 +7,10 @@ turn in one process, so that a busy machine slows all of them: read the ratios, 
 from collections.abc import Callable
 
 from pipeline.bench.inference import inference
-from pipeline.bench.mixture import mixture
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
 from pipeline.bench.step import step
+from pipeline.bench.whole_networks import mixture
 
 BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,

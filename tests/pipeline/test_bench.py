@@ -90,7 +90,7 @@ def test_list_and_help_name_the_benchmarks_and_the_keys(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["training"], "no benchmark 'training', only inference, step, mixture"),
+        (["training"], "no benchmark 'training', only inference, step"),
         (["inference", "step"], "at most 1 name"),
         (["batchsize=3"], "no key 'batchsize', only backbone, num_experts, ratio"),
         (["batch=many"], "batch must be a whole number, got 'many'"),
