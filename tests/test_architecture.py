@@ -38,7 +38,7 @@ ORDER = (
     ("worker", "preflight"),
     ("train", "data_tool", "report"),
     ("shards",),
-    ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("evaluate", "halves", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
