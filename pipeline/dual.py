@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe.dual import check_mix
+from moe.dual import Mix, check_mix
 from pipeline import checkpoint
 from pipeline.command import fail, main, read_arguments
 from pipeline.config import Config, flatten, override, parse
@@ -75,8 +75,8 @@ def run(argv: list[str]) -> int:
         both = read_half(joint, where) if joint else None
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
-    mix = own.get("mix") or getattr(both and both.config.backbone, "mix", "probabilities")
-    check_mix(0, mix)
+    known = getattr(both.config.backbone, "mix", "") if both else ""
+    mix: Mix = parse("mix", own.get("mix", known or "probabilities"), Mix)
     sweep = Sweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
     return draw(halves, both, sweep, {"workers": 1, "batch_size": 2 * where.workers, **settings})
 
@@ -91,20 +91,21 @@ def read_alphas(text: str) -> tuple[float, ...]:
 
 def draw(halves: Sequence[Half], both: Half | None, sweep: Sweep, changes: dict[str, Any]) -> int:
     """Attack every mixture of the pairs; write the table and the plot, and track them."""
-    pairs = [("post hoc", *halves)] if halves else []
+    pairs: dict[str, tuple[Half, Half]] = {}
+    if halves:
+        pairs["post hoc"] = (halves[0], halves[1])
     if both is not None:
-        pairs.append(("joint", *split(both)))
-    base = pairs[0][2].config
-    for _, *pair in pairs:
-        for half in pair:
-            check_same(half.config, base)
+        pairs["joint"] = split(both)
+    base = next(iter(pairs.values()))[1].config
+    for half in (half for pair in pairs.values() for half in pair):
+        check_same(half.config, base)
     config = override(base, changes)
     try:
         splits = config.dataset.load(config.seed)
     except ValueError as error:
         return fail(str(error), 1)
     follower, curves = Follower(), []
-    for name, standard, robust in pairs:
+    for name, (standard, robust) in pairs.items():
         points = []
         for point in attacked(standard, robust, sweep, config, splits.test, follower):
             follower.say(f"{name}, alpha {point.alpha:g}: {point.headline}")
