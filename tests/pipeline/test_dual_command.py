@@ -134,7 +134,7 @@ def test_evaluate_judges_a_jointly_trained_run_as_deployed(
         (["{robust}", "{robust}", "alpha=a"], "alpha must be a number"),
         (
             ["{robust}", "{robust}", "mix=both"],
-            "mix must be one of probabilities, logits, got 'both'",
+            "mix must be one of probabilities, logits",
         ),
         (["{robust}", "{robust}", "lr=1"], "no key 'lr'"),
         (["{robust}"], "joint must be a run with backbone=dual, got 'mixture'"),
