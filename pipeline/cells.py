@@ -47,7 +47,7 @@ ROWS: dict[str, Row] = {
     "sparse": Row("AT (Sparse)", "sparse", True, False, "channels pruned under the robust loss"),
     "moe_at": Row("AT (MoE)", "moe_at", True, True, "router and experts stepped together"),
     "adv_moe": Row("AdvMoE", "adv_moe", True, True, "router and experts stepped in turn"),
-    "rt_er": Row(
+    "rt_er_layers": Row(
         "RT-ER",
         "rt_er",
         True,
@@ -165,8 +165,9 @@ def offered(axis: str) -> tuple[str, ...]:
 def costs(config: Config) -> tuple[Cost, Cost]:
     """Count the net of a run, and its dense twin (one expert, ratio 1), on one image."""
     size, classes = config.dataset.image_size, config.dataset.num_classes
-    backbone: Any = config.backbone
-    return _count(backbone, classes, size), _count(dense_twin(backbone), classes, size)
+    own: Any = config.backbone
+    twin: Any = dense_twin(own)
+    return _count(own, classes, size), _count(twin, classes, size)
 
 
 @cache
@@ -245,7 +246,7 @@ def _expense(config: Config, algorithm: str) -> str:
         f"net's; {own.params / 1e6:.3g} M parameters."
     )
     passes = 2 * config.algorithm.attack.steps + 7  # type: ignore[attr-defined]
-    if algorithm == "rt_er":
+    if algorithm == "rt_er_layers":
         passes = 4 * config.algorithm.attack.steps + 9  # type: ignore[attr-defined]
     if algorithm == "sparse":
         top = f"{passes * dense.gmac:.3g} GMAC an image and epoch until the channels are cut"

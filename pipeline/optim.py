@@ -60,7 +60,8 @@ def rate(config: Config, group: str, epoch: float) -> float:
     if schedule == "cosine":
         return top * (1 + math.cos(math.pi * t)) / 2
     if schedule == "triangular":
-        return top * (1 - abs(epoch % 10 - 5) / 10)
+        turn = epoch - config.warmup_epochs + (5 if config.warmup_epochs else 0)
+        return top * (1 - abs(turn % 10 - 5) / 10)
     if schedule == "cyclic" and config.warmup_epochs:
         return top * (1 - t)
     if schedule == "cyclic":

@@ -41,7 +41,7 @@ ORDER = (
     ("crew",),
     ("train", "data_tool", "report"),
     ("shards", "sweep"),
-    ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("evaluate", "halves", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
     ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

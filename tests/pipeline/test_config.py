@@ -170,7 +170,7 @@ def test_unknown_key_is_refused_with_the_known_ones(key: str, known: str) -> Non
         ("momentum", "1", "below 1"),
         ("dataset.flip", "maybe", "true or false"),
         ("precision", "fp8", "fp32, bf16"),
-        ("schedule", "step", "cosine, cyclic, constant"),
+        ("schedule", "step", "cosine, cyclic, triangular, constant"),
         ("backbone.router_scope", "both", "shared, per_layer"),
         ("backbone.ratio", "1.5", "at most 1"),
         ("algorithm.beta", "-1", "at least 0"),

@@ -132,7 +132,10 @@ def test_evaluate_judges_a_jointly_trained_run_as_deployed(
         ([], "which runs"),
         (["{robust}", "{robust}", "alpha=1.5"], r"alpha must be from 0 to 1, got 1\.5"),
         (["{robust}", "{robust}", "alpha=a"], "alpha must be a number"),
-        (["{robust}", "{robust}", "mix=both"], "mix must be probabilities or logits, got 'both'"),
+        (
+            ["{robust}", "{robust}", "mix=both"],
+            "mix must be one of probabilities, logits",
+        ),
         (["{robust}", "{robust}", "lr=1"], "no key 'lr'"),
         (["{robust}"], "joint must be a run with backbone=dual, got 'mixture'"),
         (["{joint}", "joint={joint}"], "goes with a standard and a robust run"),

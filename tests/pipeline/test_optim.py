@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from moe.dual import Dual
 from moe.network import Network
 from pipeline.config import Config
 from pipeline.optim import build_optimizers, rate, set_rates
-from pipeline.state import TrainState
+from pipeline.state import HALVES, TrainState
+from tests.conftest import Build
 
 PEAKS = {"experts": 0.4, "router": 0.02}
 
@@ -19,7 +21,7 @@ def config(**settings: Any) -> Config:
 
 
 @pytest.mark.parametrize("group", PEAKS)
-@pytest.mark.parametrize("schedule", ["cosine", "cyclic", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "cyclic", "triangular", "constant"])
 def test_warm_up_rises_to_the_peak_of_the_group_and_the_schedule_goes_on_from_there(
     group: str, schedule: Any
 ) -> None:
@@ -30,7 +32,8 @@ def test_warm_up_rises_to_the_peak_of_the_group_and_the_schedule_goes_on_from_th
     steps = [rate(settings, group, 2 + 0.01 * index) for index in range(801)]
     jumps = [abs(b - a) for a, b in itertools.pairwise(steps)]
     assert max(jumps) < 0.01 * PEAKS[group], "no jump, at the end of the warm-up or later"
-    assert steps[-1] == pytest.approx(PEAKS[group] if schedule == "constant" else 0, abs=1e-9)
+    last = {"constant": 1.0, "triangular": 0.8}.get(schedule, 0.0)
+    assert steps[-1] == pytest.approx(last * PEAKS[group], abs=1e-9)
 
 
 @pytest.mark.parametrize("group", PEAKS)
@@ -40,6 +43,7 @@ def test_schedules_without_a_warm_up_are_their_formulas(group: str) -> None:
         wanted = {
             "cosine": (1 + math.cos(math.pi * t)) / 2,
             "cyclic": t / 0.4 if t < 0.4 else (1 - t) / 0.6,
+            "triangular": 0.5 + 0.5 * (1 - abs(epoch % 10 - 5) / 5),
             "constant": 1.0,
         }
         for name, share in wanted.items():
@@ -54,6 +58,30 @@ def test_groups_follow_their_own_schedules(small: Network) -> None:
     set_rates(settings, state, 5.5)
     found = {group: o.param_groups[0]["lr"] for group, o in state.optimizers.items()}
     assert found == pytest.approx({"experts": 0.4, "router": 0.01})
+
+
+def test_halves_of_a_dual_model_have_a_rate_for_their_experts_and_one_for_their_router(
+    build: Build,
+) -> None:
+    model = Dual(build(ratio=0.125), build(ratio=0.125, num_experts=1))
+    state = TrainState(model, {}, partition=HALVES)
+    settings = config(schedule="constant", router_schedule="cosine")
+    state.optimizers = build_optimizers(settings, state)
+    set_rates(settings, state, 5.0)
+    sets = {
+        (group, settings["part"]): (settings["lr"], {id(p) for p in settings["params"]})
+        for group, optimizer in state.optimizers.items()
+        for settings in optimizer.param_groups
+    }
+    rates = {place: rate for place, (rate, _) in sets.items()}
+    assert rates == pytest.approx(
+        {("standard", "experts"): 0.4, ("standard", "router"): 0.01, ("robust", "experts"): 0.4}
+    )
+    everything = [id(p) for p in model.parameters()]
+    assert sorted(everything) == sorted(place for _, own in sets.values() for place in own)
+    router = model.standard.router
+    assert router is not None
+    assert sets["standard", "router"][1] == {id(p) for p in router.parameters()}
 
 
 def test_router_without_a_rate_of_its_own_takes_that_of_the_experts() -> None:
