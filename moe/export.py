@@ -32,10 +32,13 @@ def exportable(model: Network) -> nn.Module:
 
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
-    if isinstance(model, Mixture):
-        return _MixtureClassifier(copy.deepcopy(fold(model))).eval()
-    folded = copy.deepcopy(fold(model))
-    return _Classifier(folded, _gathered(folded.body)).eval()
+    return _traceable(copy.deepcopy(fold(model))).eval()
+
+
+def _traceable(folded: Network) -> nn.Module:
+    if isinstance(folded, Mixture):
+        return _MixtureClassifier(folded)
+    return _Classifier(folded, _gathered(folded.body))
 
 
 class _Classifier(nn.Module):
@@ -59,7 +62,7 @@ class _MixtureClassifier(nn.Module):
         super().__init__()
         assert isinstance(folded, Mixture)
         self.normalize, self.router = folded.normalize, folded.router
-        self.experts = nn.ModuleList(exportable(expert) for expert in folded.experts)
+        self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
         self.gate, self.mix, self.top_k = folded.gate, folded.mix, folded.top_k
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe.backbones.mixture import NetworkMixture
 from pipeline.config import Config, flatten, name_of
 from pipeline.examine import Findings, waterfall
 from pipeline.measures.sanity import Verdict
@@ -122,6 +123,8 @@ def architecture(config: Config) -> str:
     """Name the network with what decides its size."""
     backbone = config.backbone
     name = name_of("backbone", backbone)
+    if isinstance(backbone, NetworkMixture):
+        name = f"{name} of {name_of('expert', backbone.expert)}"
     if backbone.num_experts == 1:
         return name if backbone.ratio == 1 else f"{name}, widths x {backbone.ratio:g}"
     return (

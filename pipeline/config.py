@@ -33,8 +33,11 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
 ELSEWHERE = (
     "dataset.path",
     "dataset.reader",
-    "backbone.weights",
-    "backbone.expert.weights",
+    *(
+        f"backbone.{half}{net}weights"
+        for half in ("", "standard.", "robust.")
+        for net in ("", "expert.")
+    ),
     "storage",
     "tracking_uri",
     "experiment",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from moe.backbones.vit import TransformerBody
 from moe.network import Network
 from pipeline.checkpoint import sha256
@@ -11,19 +13,19 @@ from pipeline.config import Config, flatten
 
 
 def start(config: Config, model: Network) -> None:
-    """Load the file that the backbone names, if any, into every transformer of the model.
+    """Load the files that the backbone names, if any, into the transformers that they are for.
 
     Experts that start from the same file differ in their classifiers alone, where these are new.
 
     Raises:
-        ValueError: The file is missing, is not the one that the config was made with, or does not
+        ValueError: A file is missing, is not the one that the config was made with, or does not
             fit; names the key.
     """
     from safetensors.torch import load_file
 
     flat = flatten(config)
-    for key in ("backbone.weights", "backbone.expert.weights"):
-        if not (path := flat.get(key)):
+    for key, path in flat.items():
+        if not (key.startswith("backbone.") and key.endswith(".weights") and path):
             continue
         if not Path(path).is_file():
             raise ValueError(f"{key} must be a safetensors file that every worker sees, got {path}")
@@ -33,7 +35,10 @@ def start(config: Config, model: Network) -> None:
                 f"{key}_sha256= (empty) takes it as it is"
             )
         weights = load_file(path)
-        for body in model.modules():
+        target: nn.Module = model  # or a half of it; what is said of an expert is for all
+        for part in key.split(".")[1:-1]:
+            target = target if part == "expert" else target.get_submodule(part)
+        for body in target.modules():
             if isinstance(body, TransformerBody):
                 try:
                     body.take_timm(weights)

@@ -10,8 +10,10 @@ from pipeline.bench.inference import inference
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
 from pipeline.bench.step import step
+from pipeline.bench.whole_networks import mixture
 
 BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,
     "step": step,
+    "mixture": mixture,
 }

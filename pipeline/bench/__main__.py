@@ -27,6 +27,7 @@ ratios medians of each turn's own ratio, which a busy machine moves less. Measur
 with all its cores, or with threads=1. Without a name: all benchmarks, two minutes on two cores.
 
   inference  classify a batch: folded and sorted, masked, dense plain, dense folded
+  mixture    whole networks as experts: a call an expert, and a call an image as released code does
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES
 
 keys and their defaults:

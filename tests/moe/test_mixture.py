@@ -4,6 +4,7 @@ Shapes: B images, E experts, K classes.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from moe.backbones.mixture import NetworkMixture
+from moe.backbones.resnet import ResNet18
+from moe.cost import cost
+from moe.export import exportable
 from moe.folding import fold
 from moe.mixture import Mixture
 from moe.routing import Routed
+from pipeline.bench.step import training_state
 from pipeline.config import Config, flatten, override, read
+from pipeline.losses import cross_entropy_per_image
+from pipeline.masked import masked
 
 EXPERTS, CLASSES, SIZE, BATCH = 3, 4, 8, 24
 FORMS = {
@@ -36,18 +43,13 @@ def made(**settings: Any) -> Mixture:
     assert isinstance(model, Mixture)
     with torch.no_grad():
         for expert in model.train().experts:
-            for _ in range(20):
-                expert(images(16))
-        if isinstance(model.router, torch.nn.Module):
-            for _ in range(20):
-                model.router(images(16).sub(0.5))
+            expert(images(16).float())
     return model.double().eval()
 
 
 def images(count: int = BATCH, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    x_BCHW = torch.rand(count, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-    return x_BCHW.to(torch.get_default_dtype()) if count == 16 else x_BCHW
+    return torch.rand(count, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
 
 
 def one_by_one(model: Mixture, x_BCHW: Tensor) -> Routed:
@@ -186,3 +188,100 @@ def test_equal_experts_are_one_expert() -> None:
     x_BCHW = images()
     alone_BK = model.experts[0](x_BCHW).logits.log_softmax(1)
     assert_close(model(x_BCHW).logits, alone_BK, rtol=0, atol=1e-10)
+
+
+def routed_to(model: Mixture, counts: list[int]) -> Tensor:
+    """Pick images that the router sends to each expert in these numbers."""
+    pool_BCHW = images(200, seed=4)
+    route_B = model.router_scores(pool_BCHW).argmax(1)
+    rows = [(route_B == e).nonzero().flatten()[:count] for e, count in enumerate(counts)]
+    assert [len(own) for own in rows] == counts
+    return pool_BCHW[torch.cat(rows)]
+
+
+def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+
+
+def test_experts_train_on_their_own_images_alone() -> None:
+    model = made(top_k=1, gate="hard")
+    x_BCHW = routed_to(model, [5, 3, 0])
+    before = statistics(model)
+    alone = copy.deepcopy(model.experts[0]).train()
+    found_BK = model.train()(x_BCHW).logits
+    assert_close(found_BK[:5], alone(x_BCHW[:5]).logits.log_softmax(1))
+    after = statistics(model)
+    for key, value in statistics(alone).items():
+        assert torch.equal(after[f"body.0.{key}"], value)
+    moved = {key.split(".")[1] for key in after if not torch.equal(after[key], before[key])}
+    assert moved == {"0", "1"}
+    found_BK.sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in model.experts[2].parameters())
+
+
+def test_a_lone_image_trains_its_expert_by_the_running_statistics() -> None:
+    model = made(top_k=1, gate="hard", expert=ResNet18(num_experts=1, ratio=1.0))
+    x_BCHW = routed_to(model, [4, 1, 0])  # one value a channel in the last stage
+    before, want_1K = statistics(model.experts[1]), model.experts[1](x_BCHW[4:]).logits
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.experts[1].train()(x_BCHW[4:])
+    model.load_state_dict({f"body.1.{k}": v for k, v in before.items()}, strict=False)
+    found_BK = model.train()(x_BCHW).logits
+    assert_close(found_BK[4:], want_1K.log_softmax(1))
+    assert all(torch.equal(v, before[k]) for k, v in statistics(model.experts[1]).items())
+    found_BK[4].square().sum().backward()  # type: ignore[no-untyped-call]
+    slopes = [p.grad for p in model.experts[1].parameters()]
+    assert all(slope is not None and slope.any() for slope in slopes)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_half_trains_alone_and_the_other_rests(form: str) -> None:
+    model = made(**FORMS[form]).float()
+    state = training_state(model)
+    x_BCHW, y_B = images().float(), torch.arange(BATCH) % CLASSES
+    for group, resting in (("experts", "router."), ("router", "body.")):
+        before = copy.deepcopy(model.state_dict())
+        with state.only(group):
+            loss = cross_entropy_per_image(model(x_BCHW).logits, y_B).mean()
+            state.descend(loss, group)
+        after = model.state_dict()
+        moved = {key for key in after if not torch.equal(after[key], before[key])}
+        assert not [key for key in moved if key.startswith(resting)]
+        names = {k for k, _ in model.named_parameters() if not k.startswith(resting)}
+        assert names <= moved
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_exported_mixture_gives_the_same_logits_for_any_batch(form: str) -> None:
+    model, x_BCHW = made(**FORMS[form]).float(), images().float()
+    wanted_BK, module = model(x_BCHW).logits, exportable(model)
+    auto = torch.export.Dim.AUTO
+    graph = torch.export.export(module, (x_BCHW[:2],), dynamic_shapes=[{0: auto}]).module()
+    for batch in (1, 2, 7):
+        assert_close(module(x_BCHW[:batch]), wanted_BK[:batch], rtol=1e-5, atol=1e-5)
+        assert_close(graph(x_BCHW[:batch]), wanted_BK[:batch], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "gate"), [(1, "hard"), (2, "softmax"), (3, "softmax")])
+@pytest.mark.parametrize("router", ["linear", "cnn"])
+def test_cost_is_that_of_the_router_and_of_the_experts_that_take_part(
+    top_k: int, gate: Any, router: Any
+) -> None:
+    backbone = NetworkMixture(num_experts=3, ratio=0.5, top_k=top_k, gate=gate, router=router)
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            found = cost(backbone.build(10, 32), 32)
+            one = cost(replace(backbone, num_experts=1).build(10, 32), 32)
+        linear = router == "linear"
+        own = 3 * 32 * 32 * 3 if linear else round(0.0406e9)
+        assert found.gmac_router * 1e9 == pytest.approx(own, rel=0.01)
+        assert found.gmac == pytest.approx(top_k * one.gmac + found.gmac_router)
+        assert found.params == 3 * one.params + found.params_router
+        assert one.params_router == 0
+
+
+def test_masked_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="whole networks as experts have no masked form"):
+        masked(made())
