@@ -189,7 +189,8 @@ class _Call:
 
     def _elementwise(self) -> Tensor | None:
         """Bound what works entry by entry; None: it does not."""
-        first, name, bound = self.args[0], self.name, None
+        first, name = self.args[0], self.name
+        bound: Tensor | None = None
         alone = len(self.moving) == 1
         if name in STEEPEST and alone:
             bound = STEEPEST[name] * self.each(first)

@@ -38,6 +38,7 @@ from pipeline.plots import _axes
 from pipeline.seeding import generator_at
 
 BATCH = 64
+ROUTE_HOLDS = "route holds"
 KINDS = ("theorem", "per_class", "floor", "route", "smoothing")
 DETERMINISTIC = ("theorem", "per_class", "floor", "route")
 EPS = {  # radii of the table, in pixel units
@@ -104,7 +105,10 @@ def prove(
     for kind in kinds:
         radius_N = route_N if kind == "route" else torch.cat(rows[kind]).minimum(route_N)
         radius_N = torch.where(right_N, radius_N, 0.0)
-        found[kind] = Found("linf", radius_N, statuses(radius_N, route_N, right_N))
+        marks: list[str] = [str(mark) for mark in statuses(radius_N, route_N, right_N)]
+        if kind == "route":  # of the experts that take part, not of the answer
+            marks = [ROUTE_HOLDS if mark == Status.CERTIFIED else mark for mark in marks]
+        found[kind] = Found("linf", radius_N, marks)
     return proven, found
 
 

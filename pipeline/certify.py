@@ -48,7 +48,8 @@ over eps, with what the radii are worth; keeps a table, plots and metrics in a c
                     theorem    theorem 5.4 of arXiv:2502.06832, L-inf, constants of differences
                     per_class  the same with constants of the classes and the factor of two
                     floor      the same constants, used at each eps anew: never less than theorem
-                    route      how far the same experts take part, exact for an affine router
+                    route      how far the same experts take part, exact for an affine router:
+                               says nothing of the answer, which may change on the way
                     smoothing  randomized smoothing (arXiv:1902.02918), L2, of the smoothed model
   images=N          test images, as even over the classes as they are (default: 200)
   sigma=0.25        noise of smoothing; samples=1000 choose=100 alpha=0.001 batch=500

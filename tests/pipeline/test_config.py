@@ -75,6 +75,7 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "awp_warmup": 1.5,
     "label_smoothing": 0.1,
     "clip_norm": 1.0,
+    "norm_bound": 2.5,
     "augmentation": "randaugment",
     "cutmix": 0.5,
     "seed": 1,
