@@ -174,7 +174,7 @@ def limits(space: Space, keys: Mapping[str, Any], own: Mapping[str, Any]) -> dic
             "search must be random or optuna, got 'pbt': population based training does nothing "
             "under Ray Train V2, where Tune has no checkpoint to copy"
         )
-    if search not in (*SEARCHES, "grid"):
+    if not space.grid and search not in SEARCHES:
         raise ValueError(f"search must be {' or '.join(SEARCHES)}, got {search!r}")
     if search == "optuna" and find_spec("optuna") is None:
         raise ValueError("search=optuna needs the package: pip install 'robust-moe[search]'")
