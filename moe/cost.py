@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe.dual import Dual
 from moe.network import Network, is_router_parameter
 
 
@@ -52,6 +53,8 @@ def cost(model: Network, image_size: int) -> Cost:
 
 
 def _router_flops(model: Network, blank: torch.Tensor) -> int:
+    if isinstance(model, Dual):
+        return _router_flops(model.standard, blank) + _router_flops(model.robust, blank)
     gates = [m for name, m in model.named_modules() if name.endswith(".gate.linear")]
     if model.router is None:
         return sum(2 * m.weight.numel() for m in gates if isinstance(m, nn.Linear))

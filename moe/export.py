@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.dual import Dual, blend
 from moe.folding import fold
 from moe.layers import ConvNorm, MoEConv2d
+from moe.mixture import Mixture, best, mixed
 from moe.network import Network
 
 
@@ -25,10 +28,32 @@ def exportable(model: Network) -> nn.Module:
     graph whose batch size stays free. It holds B sets of filters at a time, so it is meant for
     single images and small batches; ``moe.folding.fold`` is the copy for large ones.
 
+    Of whole networks as experts each runs on every image, and those that take part are mixed: E
+    times the work, of which ``top_k`` are wanted.
+
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
-    folded = copy.deepcopy(fold(model))
-    return _Classifier(folded, _gathered(folded.body)).eval()
+    return _traceable(copy.deepcopy(fold(model))).eval()
+
+
+def _traceable(folded: Network) -> nn.Module:
+    if isinstance(folded, Dual):
+        return _DualClassifier(folded)
+    if isinstance(folded, Mixture):
+        return _MixtureClassifier(folded)
+    return _Classifier(folded, _gathered(folded.body))
+
+
+class _DualClassifier(nn.Module):
+    """Classify by both halves of a dual model, and mix."""
+
+    def __init__(self, folded: Dual):
+        super().__init__()
+        self.standard, self.robust = _traceable(folded.standard), _traceable(folded.robust)
+        self.alpha, self.mix = folded.alpha, folded.mix
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return blend(self.standard(x_BCHW), self.robust(x_BCHW), self.alpha, self.mix)
 
 
 class _Classifier(nn.Module):
@@ -43,6 +68,26 @@ class _Classifier(nn.Module):
         chosen_B = None if self.router is None else self.router(x_BCHW).argmax(1)
         logits_BK: Tensor = self.body(x_BCHW, chosen_B)
         return logits_BK
+
+
+class _MixtureClassifier(nn.Module):
+    """Classify by every expert, and mix those that the router chose."""
+
+    def __init__(self, folded: Network):
+        super().__init__()
+        assert isinstance(folded, Mixture)
+        self.normalize, self.router = folded.normalize, folded.router
+        self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
+        self.gate, self.mix, self.top_k = folded.gate, folded.mix, folded.top_k
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        assert self.router is not None
+        scores_BE = self.router(self.normalize(x_BCHW))
+        every_BEK = torch.stack([expert(x_BCHW) for expert in self.experts], 1)
+        chosen_BC = best(scores_BE, self.top_k)
+        classes = every_BEK.shape[2]
+        logits_BCK = every_BEK.gather(1, chosen_BC[:, :, None].expand(-1, -1, classes))
+        return mixed(scores_BE.gather(1, chosen_BC), logits_BCK, self.gate, self.mix)
 
 
 class _GatheredConv(nn.Module):

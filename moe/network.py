@@ -63,6 +63,20 @@ class Network(nn.Module):
         Raises:
             ValueError: The route has another shape, or names an expert that is not there.
         """
+        self.check_route(x_BCHW, route)
+        x_BCHW = self.normalize(x_BCHW)
+        if self.num_layers:
+            logits_BK: Tensor = self.body(x_BCHW, Routing(gate_gradient=False, fixed_BL=route))
+            return logits_BK
+        scores_BE = x_BCHW.new_zeros(len(x_BCHW), self.num_experts)
+        return self._follow(x_BCHW, Route.fixed(route, scores_BE))
+
+    def check_route(self, x_BCHW: Tensor, route: Tensor) -> None:
+        """Refuse a route that these images cannot take.
+
+        Raises:
+            ValueError: The route has another shape, or names an expert that is not there.
+        """
         want = (len(x_BCHW), self.num_layers) if self.num_layers else (len(x_BCHW),)
         if route.shape != want:
             raise ValueError(f"route has shape {tuple(route.shape)}, want {want}")
@@ -70,12 +84,14 @@ class Network(nn.Module):
             if not 0 <= expert < self.num_experts:
                 last = self.num_experts - 1
                 raise ValueError(f"route names expert {int(expert)}, valid are 0 to {last}")
-        x_BCHW = self.normalize(x_BCHW)
-        if self.num_layers:
-            logits_BK: Tensor = self.body(x_BCHW, Routing(gate_gradient=False, fixed_BL=route))
-            return logits_BK
-        scores_BE = x_BCHW.new_zeros(len(x_BCHW), self.num_experts)
-        return self._follow(x_BCHW, Route.fixed(route, scores_BE))
+
+    def decisions(self, route: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Say who decided what: for each router its experts' indices, and how many there are."""
+        return {"router": (route, self.num_experts)} if self.num_experts > 1 else {}
+
+    def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
+        """Classify (B, K) with the routing of other images, whose router scores are given."""
+        return self.along(x_BCHW, scores.argmax(-1))
 
     def router_scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts on pixels in [0, 1], without the body where the router needs none."""
@@ -108,5 +124,8 @@ def _piece(x_BCHW: Tensor) -> int:
 
 
 def is_router_parameter(name: str) -> bool:
-    """Tell the router's parameters (and the layers' gates) from the experts' by their name."""
-    return name.startswith("router.") or ".gate." in name
+    """Tell the router's parameters (and the layers' gates) from the experts' by their name.
+
+    A network within another, such as a half of a dual model, may have a router of its own.
+    """
+    return name.startswith("router.") or ".router." in name or ".gate." in name

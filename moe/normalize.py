@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-STATISTICS = {  # per-channel mean and standard deviation of the training pixels in [0, 1]
+STATISTICS = {  # mean and standard deviation per channel, of the training pixels in [0, 1]
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # to [-1, 1]: of no data, usual for transformers
 }
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from moe.backbones import Backbone
+from moe.backbones.dual import DualNetworks
+from moe.backbones.mixture import NetworkMixture
 from pipeline.config import Config, flatten, name_of
 from pipeline.examine import Findings, waterfall
 from pipeline.measures.sanity import Verdict
@@ -79,7 +82,7 @@ def conditions(config: Config, found: Findings) -> str:
         "route at will) and `ra_noise` do not count into it. Model selected on the validation "
         f"split by RA under PGD-{config.evaluation.validation_steps}; the test split had no part "
         "in that."
-    )
+    ) + "".join(f" {note}" for note in found.notes)
 
 
 def provenance(config: Config, sha256: str) -> str:
@@ -120,8 +123,17 @@ def claim(config: Config, found: Findings) -> dict[str, Any]:
 
 def architecture(config: Config) -> str:
     """Name the network with what decides its size."""
-    backbone = config.backbone
+    return described(config.backbone)
+
+
+def described(backbone: Backbone) -> str:
+    """Name a backbone with what decides its size; of a dual model both halves."""
     name = name_of("backbone", backbone)
+    if isinstance(backbone, DualNetworks):
+        halves = f"{described(backbone.standard)}; {described(backbone.robust)}"
+        return f"{name}, alpha {backbone.alpha:g} of {backbone.mix}: {halves}"
+    if isinstance(backbone, NetworkMixture):
+        name = f"{name} of {name_of('expert', backbone.expert)}"
     if backbone.num_experts == 1:
         return name if backbone.ratio == 1 else f"{name}, widths x {backbone.ratio:g}"
     return (

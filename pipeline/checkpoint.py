@@ -172,16 +172,38 @@ def load_config(folder: str | Path) -> Config:
 
 
 def load_weights(folder: Path, model: Network) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
+    """Copy a checkpoint's weights into a model of the same shape.
+
+    Raises:
+        CheckpointError: The file holds something else.
+    """
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with refusing(folder, "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what resuming needs beside the weights; never runs code that the file carries."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    """Read what resuming needs beside the weights; never runs code that the file carries.
+
+    Raises:
+        CheckpointError: The file holds more than tensors and plain values, or something else.
+    """
+    with refusing(folder, "state.pt"):
+        state: dict[str, Any] = torch.load(
+            folder / "state.pt", weights_only=True, map_location="cpu"
+        )
     return state
+
+
+@contextmanager
+def refusing(folder: Path, name: str) -> Iterator[None]:
+    """Turn what torch and safetensors say of a file whose hash is right into one line."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: {name} is refused: {text}") from error
 
 
 def load_model(folder: str | Path) -> Network:

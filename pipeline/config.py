@@ -12,9 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from moe.backbones import BACKBONES, Backbone
+from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
 from pipeline.algorithms import ALGORITHMS, Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.jtdmoe import JTDMoE
+from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.attacks import ATTACKS
 from pipeline.data import DATASETS, Dataset
@@ -27,12 +30,20 @@ C = TypeVar("C")
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
     "dataset": DATASETS,
     "backbone": BACKBONES,
+    "expert": BACKBONES,
+    "standard": BACKBONES,
+    "robust": BACKBONES,
     "algorithm": ALGORITHMS,
     "attack": ATTACKS,
 }
 ELSEWHERE = (
     "dataset.path",
     "dataset.reader",
+    *(
+        f"backbone.{half}{net}weights"
+        for half in ("", "standard.", "robust.")
+        for net in ("", "expert.")
+    ),
     "storage",
     "tracking_uri",
     "experiment",
@@ -40,6 +51,9 @@ ELSEWHERE = (
     "checkpoint_steps",
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
+
+LATER = {"norm_bound": 0.0}
+"""Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,8 @@ class Config:
         optimizer, momentum, weight_decay: Of both parameter groups.
         lr, router_lr: Peak rates; a ``router_lr`` of none is ``lr``.
         schedule, router_schedule: ``cosine`` to zero, ``cyclic`` (up for two fifths, then down,
-            linear), or ``constant``.
+            linear), ``triangular`` (between half the peak and the peak, ten epochs up and down), or
+            ``constant``.
         warmup_epochs: Linear rise from zero before the schedule, in epochs (may be a fraction); of
             ``cyclic``, its rise.
         ema_decay: Decay of the average of the weights over the updates, which is what is validated,
@@ -67,6 +82,8 @@ class Config:
         awp_warmup: Epochs before it begins.
         label_smoothing: Part of a label that is spread over all classes in the loss.
         clip_norm: Largest norm of each group's gradient over all workers; 0: any.
+        norm_bound: Largest L-inf operator norm of every linear map and convolution, kept after
+            each update; 0: any. See ``pipeline.norms``.
         augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
         cutmix: Share of the images that get a box of another, with its share of the label.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
@@ -93,14 +110,15 @@ class Config:
     weight_decay: float = 5e-4
     lr: float = 0.1
     router_lr: float | None = None
-    schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
-    router_schedule: Literal["cosine", "cyclic", "constant"] = "cosine"
+    schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
+    router_schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     ema_decay: float = 0.0
     awp_gamma: float = 0.0
     awp_warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
     cutmix: float = 0.0
     seed: int = 0
@@ -142,7 +160,7 @@ class Config:
         for key in ("ema_decay", "label_smoothing"):
             if not 0 <= (value := getattr(self, key)) < 1:
                 raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
-        for key in ("awp_gamma", "awp_warmup", "clip_norm"):
+        for key in ("awp_gamma", "awp_warmup", "clip_norm", "norm_bound"):
             if not 0 <= (value := getattr(self, key)) < float("inf"):
                 raise ValueError(f"{key} must be at least 0 and finite, got {value}")
         if not 0 <= self.cutmix <= 1:
@@ -173,6 +191,7 @@ class Config:
                 "backbone.num_experts must be at least 2 for algorithm=adv_moe, got "
                 f"{self.backbone.num_experts}; a dense net trains with algorithm=trades"
             )
+        self._check_dual()
         if isinstance(self.algorithm, Sparse):  # the backbone is what shall remain
             if (experts := self.backbone.num_experts) != 1:
                 raise ValueError(
@@ -183,6 +202,30 @@ class Config:
                     f"backbone.ratio must be below 1 for algorithm=sparse, got {ratio}"
                 )
 
+    def _check_dual(self) -> None:
+        algorithm, experts = self.algorithm, self.backbone.num_experts
+        if isinstance(algorithm, RTER) and algorithm.robustify != "none" and experts < 2:
+            raise ValueError(
+                "backbone.num_experts must be at least 2 for algorithm=rt_er with robustify="
+                f"{algorithm.robustify}, got {experts}"
+            )
+        if not isinstance(algorithm, JTDMoE):
+            return
+        dual = self.backbone
+        if not isinstance(dual, DualNetworks):
+            name = name_of("backbone", dual)
+            raise ValueError(f"backbone must be dual for algorithm=jtdmoe, got {name!r}")
+        if not dual.alpha < 1:
+            raise ValueError(
+                "backbone.alpha must be below 1 for algorithm=jtdmoe, or the standard half never "
+                f"trains, got {dual.alpha}"
+            )
+        if algorithm.robustify != "none" and dual.robust.num_experts < 2:
+            raise ValueError(
+                "backbone.robust.num_experts must be at least 2 for algorithm=jtdmoe with "
+                f"robustify={algorithm.robustify}, got {dual.robust.num_experts}"
+            )
+
     @property
     def worker_counts(self) -> list[int]:
         """List the numbers of workers that the run may have at a time."""
@@ -191,7 +234,8 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        deciding = {k: v for k, v in flatten(self).items() if k not in ELSEWHERE}
+        flat = {k: v for k, v in flatten(self).items() if k not in LATER or v != LATER[k]}
+        deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
@@ -237,7 +281,8 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
         if rest:
             inner.setdefault(name, {})[rest] = value
         elif name in REGISTRIES:
-            new[name] = _switch(prefix, name, value, getattr(node, name))
+            own = {key.split(".")[1] for key in changes if key.startswith(f"{name}.")}
+            new[name] = _switch(prefix, name, value, getattr(node, name), own)
         elif is_dataclass(getattr(node, name)):
             raise ValueError(f"{prefix + name} has keys of its own, such as {prefix + name}.eps")
         else:
@@ -253,7 +298,8 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
         raise ValueError(prefix + str(error)) from None
 
 
-def _switch(prefix: str, name: str, value: Any, old: Any) -> Any:
+def _switch(prefix: str, name: str, value: Any, old: Any, own: set[str]) -> Any:
+    """Change a component; ``own`` are the keys that are set anyway, and so not kept."""
     if value not in (registry := REGISTRIES[name]):
         raise ValueError(f"no {prefix + name} {value!r}, only {', '.join(registry)}")
     kind = registry[value]
@@ -262,7 +308,10 @@ def _switch(prefix: str, name: str, value: Any, old: Any) -> Any:
     shared = {f.name for f in fields(old)} & {f.name for f in fields(kind)}
     if name == "dataset":  # crop and flip are the data set's own unless somebody set them
         shared = {key for key in shared if getattr(old, key) != getattr(type(old)(), key)}
-    return kind(**{key: getattr(old, key) for key in shared})
+    try:
+        return kind(**{key: getattr(old, key) for key in shared - own})
+    except ValueError as error:
+        raise ValueError(f"{prefix + name}.{error}") from None
 
 
 def parse(key: str, value: Any, hint: Any) -> Any:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from pipeline.config import Config, flatten
 from pipeline.elastic import Elastic
 from pipeline.preflight import capacity
 from pipeline.session import Wish
+from pipeline.stores import home_of
 
 POLL = 0.1  # seconds between two looks at the workers
 GRACE = 20.0  # seconds that workers have for a last checkpoint
 LINGER = 10.0  # seconds that workers have to end after one of them said that all is in vain
+LOOK = 2.0  # seconds between two looks whether there is room for more workers
 SETTLE = 3.0  # seconds in which a cluster says whether there is room for so many workers
 PATIENCE = 600.0  # seconds to wait for room for the fewest workers
 FAILURES = 3  # failures, of an elastic run in a row without a checkpoint, that are made good
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 Say = Callable[[str], None]
 
@@ -65,9 +69,6 @@ def listening(say: Say) -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 @dataclass
 class Crew:
     """The workers of one run.
@@ -76,8 +77,8 @@ class Crew:
         config, folder: Of the run.
         mailbox: Their line to this process.
         stop: What the user asked for.
-        ending: Filled elsewhere by the workers' last event, and by ``judging`` once training is
-            over.
+        ending: Filled elsewhere by the workers' last event, by ``updates`` as they go on, and by
+            ``judging`` once training is over.
         tell: Takes events of this process, such as the number of workers.
     """
 
@@ -114,8 +115,7 @@ class Crew:
             self.tell({"kind": "crew", "count": count, "of": str(self.config.workers)})
             more = next((n for n in counts if n > count), count) - count
             try:
-                with waiting_room(self.bundle(), more) as room:
-                    outcome = self.attend(self.trainer(count, 0).fit, room)
+                outcome = self.attend(self.trainer(count, 0).fit, more)
                 if outcome != "stopped":
                     return outcome
             except TrainingFailedError as error:
@@ -126,11 +126,11 @@ class Crew:
                 self.tell({"kind": "warning", "text": f"workers were lost: {cause(error)}"})
         return "stopped"
 
-    def attend(self, fit: Callable[[], Any], room: Any = None) -> str:
+    def attend(self, fit: Callable[[], Any], more: int = 0) -> str:
         """Run ``fit`` in a thread, and pass on to the workers what they are wished to do.
 
         Args:
-            room: Becomes ready once there is room for more workers.
+            more: Workers to wait for, once these are at work: they must not take their room.
 
         Returns:
             How the workers ended: ``finished``, ``stopped`` or ``failed``.
@@ -147,20 +147,26 @@ class Crew:
 
         ray.get(self.mailbox.wish.remote(Wish.NONE))
         thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        wished, failed = False, 0.0
-        while thread.is_alive():
-            thread.join(POLL)
-            joined = room is not None and bool(ray.wait([room], timeout=0)[0])
-            if (self.stop.since or joined) and not wished:
-                wished = True
-                self.mailbox.wish.remote(Wish.STOP)
-            if self.stop.overdue or (self.stop.since and self.ending.get("judging")):
-                raise KeyboardInterrupt
-            if self.ending.get("kind") == "failed":
-                failed = failed or time.monotonic()
-                if time.monotonic() - failed > LINGER:
-                    return "failed"  # the others wait for one that has ended
+        wished, failed, looked = False, 0.0, time.monotonic()
+        room, updates = None, self.ending.get("updates", 0)
+        with ExitStack() as stack:
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL)
+                if more and room is None and self.ending.get("updates", 0) > updates:
+                    room = stack.enter_context(waiting_room(self.bundle(), more))
+                joined = False
+                if room is not None and not wished and time.monotonic() - looked > LOOK:
+                    joined, looked = room(), time.monotonic()
+                if (self.stop.since or joined) and not wished:
+                    wished = True
+                    self.mailbox.wish.remote(Wish.STOP)
+                if self.stop.overdue or (self.stop.since and self.ending.get("judging")):
+                    raise KeyboardInterrupt
+                if self.ending.get("kind") == "failed":
+                    failed = failed or time.monotonic()
+                    if time.monotonic() - failed > LINGER:
+                        return "failed"  # the others wait for one that has ended
         if "error" in box:
             raise box["error"]
         return str(box["result"].return_value)
@@ -195,8 +201,9 @@ class Crew:
             with waiting_room(bundle, count) as room:
                 until = time.monotonic() + patience
                 while not self.stop.since and time.monotonic() < until:
-                    if ray.wait([room], timeout=POLL)[0]:
+                    if room():
                         return count
+                    time.sleep(POLL)
         if self.stop.since:
             raise KeyboardInterrupt
         raise RoomTimeoutError(f"no room for {counts[0]} worker(s) in {PATIENCE:.0f} s")
@@ -241,7 +248,7 @@ def make_trainer(
         run_config=RunConfig(
             # a name of its own each time: our checkpoints decide where the run goes on
             name=f"{folder.name}-{time.time_ns() // 10**6}",
-            storage_path=str(folder / "ray"),
+            storage_path=str((home_of(folder) or folder) / "ray"),
             failure_config=FailureConfig(
                 max_failures=failures,
                 controller_failure_limit=failures,
@@ -254,16 +261,17 @@ def make_trainer(
 
 
 @contextmanager
-def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Any]:
-    """Ask Ray for room for so many more; yields what becomes ready with it, or None for none."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Callable[[], bool]]:
+    """Ask Ray to keep room for so many more during the block; yields what tells whether it does."""
+    from ray.util.placement_group import (
+        placement_group,
+        placement_group_table,
+        remove_placement_group,
+    )
 
-    if not count:
-        yield None
-        return
     group = placement_group([dict(bundle)] * count)
     try:
-        yield group.ready()
+        yield lambda: placement_group_table(group).get("state") == "CREATED"
     finally:
         remove_placement_group(group)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe.backbones import dense_twin
 from moe.cost import cost
 from moe.folding import fold
 from moe.network import Network
@@ -42,8 +43,9 @@ def finish(
     model = checkpoint.load_model(best).to(session.device)
     began = time.monotonic()
 
-    def tell(done: int, of: int) -> None:
-        session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)
+    def tell(done: int, of: int, name: str) -> None:
+        spent = time.monotonic() - began
+        session.tell("judging", what=name, done=done, of=of, seconds=spent)
 
     seed, device = seed_of(config.seed, "test"), session.device
     dense = config.backbone.num_experts == 1
@@ -73,6 +75,7 @@ def finish(
         metrics = {**found.metrics, **costs(config, model)}
         draw(config, folder, replace(found, metrics=metrics), splits, history)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        session.kept()
         session.tell("metrics", step=int(meta["update"]), values=metrics)
         for key, text in found.verdict.tags.items():
             session.tell("tag", key=key, value=text)
@@ -97,8 +100,11 @@ def draw(
 def costs(config: Config, model: Network) -> dict[str, float]:
     """Count the model's cost, and time it beside its dense twin (ratio 1, one expert)."""
     size = config.dataset.image_size
-    dense = replace(config.backbone, num_experts=1, ratio=1.0)  # type: ignore[type-var]
-    twin = dense.build(config.dataset.num_classes, size).to(memory_format=torch.channels_last)
+    twin = (
+        dense_twin(config.backbone)
+        .build(config.dataset.num_classes, size)
+        .to(memory_format=torch.channels_last)
+    )
     twin = twin.to(next(model.parameters()).device).eval()
     own, full = cost(model, size), cost(twin, size)
     count = TIMED_IMAGES

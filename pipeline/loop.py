@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.diagnostics import load
-from pipeline import checkpoint
+from pipeline import checkpoint, pretrained
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.augmentation import Augmentation
@@ -26,7 +26,7 @@ from pipeline.optim import build_optimizers, set_rates
 from pipeline.seeding import Noise, generator_at, seed_of
 from pipeline.session import Session, Wish
 from pipeline.stages import advance, begin, moment
-from pipeline.state import NonFiniteError, TrainState
+from pipeline.state import NonFiniteError, TrainState, partition_of
 
 KEEP = 2  # newest checkpoints kept beside the best one
 GATE_STEPS = 3  # updates after which a router without a gradient is an error
@@ -110,6 +110,8 @@ def fit(
         ema=WeightAverage(config.ema_decay),
         label_smoothing=config.label_smoothing,
         clip_norm=config.clip_norm,
+        partition=partition_of(config.algorithm),
+        norm_bound=config.norm_bound,
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
@@ -126,6 +128,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
+        pretrained.start(config, state.model)
         return Progress()
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
     if stage := meta.get("stage", 0):
@@ -211,6 +214,7 @@ def train_epoch(
         epochs=config.epochs,
         values=values,
         seconds=(took := time.monotonic() - began),
+        ended=time.monotonic(),
         seconds_left=took * (config.epochs - progress.epoch),
     )
     session.report({"epoch": progress.epoch, **values})
@@ -290,8 +294,10 @@ def check_gate(update: int, watched: dict[str, float]) -> None:
     Raises:
         RouterError: At one of the first updates the gradient of the router is exactly zero.
     """
-    if update <= GATE_STEPS and watched.get("gradient norm of router", 1.0) == 0.0:
-        raise RouterError(f"step {update}: the router gets no gradient, so it cannot train")
+    norms = {k: v for k, v in watched.items() if k.startswith("gradient norm of ")}
+    still = [k.split()[-1] for k, v in norms.items() if k.endswith("router") and v == 0.0]
+    if update <= GATE_STEPS and still:
+        raise RouterError(f"step {update}: the {still[0]} gets no gradient, so it cannot train")
 
 
 def validate(
@@ -310,13 +316,12 @@ def validate(
         total=session.total,
     )
     values = {f"val/{name}": float(hits.float().mean()) for name, hits in verdicts.correct.items()}
-    experts = config.backbone.num_experts
-    if experts > 1:
-        share_E = load(verdicts.route, experts)
-        values["val/max_load"] = float(share_E.max())
-        if values["val/max_load"] > COLLAPSED:
+    for name, (route, experts) in state.model.decisions(verdicts.route).items():
+        share_E = load(route, experts)
+        values["val/max_load"] = max(values.get("val/max_load", 0.0), most := float(share_E.max()))
+        if most > COLLAPSED:
             text = (
-                f"the router sends {values['val/max_load']:.1%} of the validation images to expert "
+                f"the {name} sends {most:.1%} of the validation images to expert "
                 f"{int(share_E.argmax())}: it has collapsed"
             )
             session.tell("warning", text=text)
@@ -338,7 +343,8 @@ def save(
     if session.rank == 0:
         try:
             write(config, folder, state, progress, update, best)
-        except checkpoint.CheckpointError as caught:
+            session.kept()
+        except ValueError as caught:
             error = caught
     session.share_fate(error)
 

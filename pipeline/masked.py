@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers import MoEConv2d, pixels_read
+from moe.mixture import Mixture
 from moe.network import Network
 from moe.routing import Routed, Routing, straight_through_top1
 
@@ -81,7 +82,13 @@ class MaskedNetwork(Network):
 
 
 def masked(model: Network) -> MaskedNetwork:
-    """Copy a network, weights and all, into one that computes every expert on every image."""
+    """Copy a network, weights and all, into one that computes every expert on every image.
+
+    Raises:
+        ValueError: Its experts are whole networks, not parts of layers.
+    """
+    if isinstance(model, Mixture):
+        raise ValueError("whole networks as experts have no masked form: backbone=mixture")
     model = copy.deepcopy(model)
     _mask_layers(model.body)
     twin = MaskedNetwork(

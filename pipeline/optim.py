@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -12,19 +13,25 @@ from pipeline.state import GROUPS, TrainState
 
 
 def build_optimizers(config: Config, state: TrainState) -> dict[str, Optimizer]:
-    """Make an optimizer for each group that has parameters."""
+    """Make an optimizer for each group that has parameters.
+
+    One of a half of a dual model has two sets of parameters, whose rates differ.
+    """
     optimizers: dict[str, Optimizer] = {}
-    for group in GROUPS:
-        if not (parameters := state.parameters(group)):
+    for group in state.partition.names:
+        sets: list[dict[str, Any]] = [
+            {"params": members, "part": part}
+            for part in GROUPS
+            if (members := state.parameters(group, part))
+        ]
+        if not sets:
             continue
         rate = peak(config, group)
         if config.optimizer == "adam":
-            optimizers[group] = torch.optim.Adam(
-                parameters, lr=rate, weight_decay=config.weight_decay
-            )
+            optimizers[group] = torch.optim.Adam(sets, lr=rate, weight_decay=config.weight_decay)
         else:
             optimizers[group] = torch.optim.SGD(
-                parameters, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+                sets, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
             )
     return optimizers
 
@@ -42,14 +49,18 @@ def rate(config: Config, group: str, epoch: float) -> float:
     ``cosine``: ``peak (1 + cos(pi t)) / 2``; ``cyclic``: linear to the peak at t = 2/5, then linear
     to zero (Wong et al., ICLR 2020, arXiv:2001.03994); t runs from 0 to 1 after the warm-up. A
     warm-up takes the place of the cycle's own rise, which would begin at zero again.
+    ``triangular``: from half the peak to the peak in five epochs, and back, again and again (the
+    released code of RT-ER, arXiv:2502.06832: between 5e-5 and 1e-4, 500 updates each way).
     """
     top = peak(config, group)
     if epoch < config.warmup_epochs:
         return top * epoch / config.warmup_epochs
     t = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
-    schedule = config.schedule if group == "experts" else config.router_schedule
+    schedule = config.router_schedule if group == "router" else config.schedule
     if schedule == "cosine":
         return top * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "triangular":
+        return top * (1 - abs(epoch % 10 - 5) / 10)
     if schedule == "cyclic" and config.warmup_epochs:
         return top * (1 - t)
     if schedule == "cyclic":
@@ -62,4 +73,4 @@ def set_rates(config: Config, state: TrainState, epoch: float, factor: float = 1
     state.awp_gamma = config.awp_gamma if epoch >= config.awp_warmup else 0.0
     for group, optimizer in state.optimizers.items():
         for settings in optimizer.param_groups:
-            settings["lr"] = factor * rate(config, group, epoch)
+            settings["lr"] = factor * rate(config, settings.get("part", group), epoch)

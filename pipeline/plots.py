@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.measures.interval import wilson
+from pipeline.tradeoff import WORST, Curve
 
 Row = Mapping[str, Any]  # {"step": int, "values": {metric: number}}
 
@@ -53,16 +54,44 @@ def plot_accuracies(history: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_over_eps(points: Sequence[tuple[float, int, int]], path: Path, *, unit: str) -> None:
-    """Draw accuracy over the attack's radius, with 95% intervals."""
+def plot_over_eps(
+    points: Sequence[tuple[float, int, int]],
+    path: Path,
+    *,
+    unit: str,
+    worst: tuple[float, int, int] | None = None,
+) -> None:
+    """Draw accuracy under plain PGD over the attack's radius, with 95% intervals.
+
+    Args:
+        worst: Radius, images and all images of the worst case over all attacks, which the curve
+            alone would flatter.
+    """
     n = points[0][2]
-    figure, axes = _axes(f"Accuracy over eps ({n} test images)", f"eps ({unit})", "accuracy")
+    title = f"Accuracy over eps ({n:,} test images)"
+    figure, axes = _axes(title, f"eps ({unit})", "accuracy")
     scale = 255.0 if unit == "1/255" else 1.0
     shares = [hits / n for _, hits, n in points]
     bands = [wilson(hits, n) for _, hits, n in points]
     eps = [scale * radius for radius, _, _ in points]
     axes.fill_between(eps, [low for low, _ in bands], [high for _, high in bands], alpha=0.2)
-    axes.plot(eps, shares, marker="o", markersize=4)
+    axes.plot(eps, shares, marker="o", markersize=4, label="PGD on the cross-entropy")
+    if worst is not None:
+        radius, hits, of = worst
+        low, high = wilson(hits, of)
+        share = hits / of
+        axes.errorbar(
+            [scale * radius],
+            [share],
+            [[max(0.0, share - low)], [max(0.0, high - share)]],
+            color="C3",
+            marker="s",
+            markersize=5,
+            capsize=3,
+            linestyle="none",
+            label=f"all attacks together ({of:,} images): {share:.1%}",
+        )
+    axes.legend(frameon=False)
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
     figure.savefig(path, dpi=150)
@@ -96,4 +125,35 @@ def plot_waterfall(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     names = ["no attack" if name == "sa" else name.removeprefix("ra_") for name, *_ in rows]
     axes.set_xticks(range(len(rows) + 1), [*names, "stand"], rotation=30, ha="right")
     axes.set_ylim(0, 1.12 * n)
+    figure.savefig(path, dpi=150)
+
+
+def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
+    """Draw worst robust against standard accuracy, alpha at each point, with 95% intervals."""
+    n = curves[0].points[0].images
+    title, worst = f"Dual models over alpha ({n} test images)", "RA, worst of all attacks (%)"
+    figure, axes = _axes(title, "SA (%)", worst, (6.8, 4.8))
+    for place, curve in enumerate(curves):
+        drawn = [p for p in curve.points if WORST in p.metrics and "test/sa" in p.metrics]
+        x, y = ([100 * p.metrics[name] for p in drawn] for name in ("test/sa", WORST))
+        spread = [
+            [
+                [abs(100 * p.metrics[f"{name}_{end}"] - 100 * p.metrics[name]) for p in drawn]
+                for end in ("low", "high")
+            ]
+            for name in ("test/sa", WORST)
+        ]
+        style = {"color": f"C{place}", "marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.errorbar(
+            x, y, xerr=spread[0], yerr=spread[1], elinewidth=0.4, label=curve.name, **style
+        )
+        for point, *at in zip(drawn, x, y, strict=True):
+            words = f"{point.alpha:g}"
+            axes.annotate(words, at, (4, 4), textcoords="offset points", fontsize=7)
+            if alone := {0.0: ("standard", "s"), 1.0: ("robust", "^")}.get(point.alpha):
+                label = f"{curve.name}: {alone[0]} model alone"
+                axes.plot(*at, alone[1], color=f"C{place}", markersize=9, label=label)
+            if point.alpha == curve.trained:
+                axes.plot(*at, "*", color=f"C{place}", markersize=13, label="joint, as trained")
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -35,6 +35,10 @@ def ignore(_: Event) -> None:
     """Take an event and do nothing."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 def undisturbed() -> Wish:
     """Be asked for nothing."""
     return Wish.NONE
@@ -54,6 +58,7 @@ class Session:
         device: Where it computes.
         emit: Takes events of rank 0 (metrics, progress, warnings) to whoever follows the run.
         report: Called by every worker after each epoch with the same metrics.
+        kept: Called by rank 0 after each checkpoint, and when the last files are written.
         wish: What was asked of this worker; that of rank 0 counts.
         notice: Whether a node is about to be taken away; all workers ask at once.
     """
@@ -63,6 +68,7 @@ class Session:
     device: torch.device = torch.device("cpu")
     emit: Callable[[Event], None] = ignore
     report: Callable[[Mapping[str, float]], None] = ignore
+    kept: Callable[[], None] = nothing
     wish: Callable[[], Wish] = undisturbed
     notice: Callable[[], bool] = unnoticed
 

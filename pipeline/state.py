@@ -22,8 +22,34 @@ from pipeline.attacks.pgd import UNSEEDED, Draw
 from pipeline.awp import Stack, perturbed, stacks, still_statistics
 from pipeline.ema import WeightAverage
 from pipeline.losses import cross_entropy_per_image
+from pipeline.norms import bound_norms
 
 GROUPS = ("experts", "router")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which parameters share an optimizer.
+
+    Attributes:
+        names: Of the groups.
+        of: From a parameter's name in the model to that of its group.
+    """
+
+    names: tuple[str, ...]
+    of: Callable[[str], str]
+
+
+COMPONENTS = Partition(GROUPS, lambda name: "router" if is_router_parameter(name) else "experts")
+HALVES = Partition(("standard", "robust"), lambda name: name.partition(".")[0])
+"""Of a dual model (``moe.dual``), each half with its router."""
+
+
+def partition_of(algorithm: object) -> Partition:
+    """Return the groups that an algorithm steps: its own, or experts and router."""
+    found: Partition = getattr(algorithm, "partition", COMPONENTS)
+    return found
+
 
 Terms = Callable[[], dict[str, Tensor]]
 """Computes the terms of a loss at the weights as they are, by name, in nats per image."""
@@ -55,14 +81,17 @@ class TrainState:
 
     Attributes:
         model: The network. Every replica holds the same numbers after every update.
-        optimizers: By group: ``experts``, and ``router`` where there is one.
+        optimizers: By group: ``experts``, and ``router`` where there is one; or as ``partition``
+            names them.
         average: Replaces a flat tensor by its mean over all workers, in place.
         noise: Random numbers of the current update, see ``pipeline.seeding``.
         watched: Scalars of the current update that must be finite, averaged over the workers.
         ema: The average of the weights over the updates, where one is kept.
         label_smoothing: Part of a label that ``cross_entropy`` spreads over all classes.
         clip_norm: Largest norm of a group's gradient; 0: any.
+        norm_bound: Largest L-inf operator norm of a layer after an update; 0: any.
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
+        partition: Which parameters are in which group.
     """
 
     model: Network
@@ -73,18 +102,26 @@ class TrainState:
     ema: WeightAverage = field(default_factory=WeightAverage)
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float = 0.0
     awp_gamma: float = 0.0
+    partition: Partition = COMPONENTS
 
     @property
     def deployed(self) -> Network:
         """What is validated, kept as the model of a checkpoint and tested: the average, if any."""
         return self.ema.deployed(self.model)
 
-    def parameters(self, group: str) -> list[nn.Parameter]:
-        """List the parameters of a group that train, in the order of the model."""
-        want = group == "router"
-        named = self.model.named_parameters()
-        return [p for n, p in named if p.requires_grad and is_router_parameter(n) == want]
+    def parameters(self, group: str, part: str = "") -> list[nn.Parameter]:
+        """List the parameters of a group that train, in the order of the model.
+
+        Args:
+            part: ``experts`` or ``router``: those of the group alone; empty: both.
+        """
+        return [
+            p
+            for n, p in self.model.named_parameters()
+            if p.requires_grad and self.partition.of(n) == group and part in ("", COMPONENTS.of(n))
+        ]
 
     @contextmanager
     def only(self, group: str) -> Iterator[Network]:
@@ -96,10 +133,13 @@ class TrainState:
         the straight-through gradient through them explodes.
         """
         resting = [p for other in GROUPS if other != group for p in self.parameters(other)]
-        norms = [m for m in self.model.body.modules() if isinstance(m, nn.BatchNorm2d)]
+        named = list(self.model.named_modules())
+        norms = [
+            m for n, m in named if isinstance(m, nn.BatchNorm2d) and not is_router_parameter(n)
+        ]
         self.model.train()
-        for name, module in self.model.named_modules():
-            if name == "router" or name.endswith(".gate"):
+        for name, module in named:
+            if is_router_parameter(f"{name}."):
                 module.train(group == "router")
         for parameter in resting:
             parameter.requires_grad_(False)
@@ -122,13 +162,16 @@ class TrainState:
         """Attack a frozen copy of the model in eval mode; the model itself is not touched."""
         frozen = fold(self.model)
         x_adv = attack(aim(frozen, x_BCHW), x_BCHW, self.noise)
-        again = ", again" * ("adversarial images" in self.watched)  # after the first group's update
-        self.watch(f"adversarial images{again}", x_adv.mean())
+        self.watch("adversarial images", x_adv.mean())
         return x_adv
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Keep a scalar to be checked, and reported, at the end of the update."""
-        self.watched[name] = value.detach().float()
+        """Keep a scalar to be checked, and reported, at the end of the update.
+
+        The first of a name keeps its place: what is checked first is what went wrong first.
+        """
+        again = ", again" if name in self.watched else ""
+        self.watched[name + again] = value.detach().float()
 
     def cross_entropy(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
         """Mean cross-entropy with smoothed labels, which are classes (B,) or shares (B, K)."""
@@ -199,6 +242,8 @@ class TrainState:
             if self.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
             self.optimizers[group].step()
+            if self.norm_bound:
+                bound_norms(own, self.norm_bound)
 
     def _share(self, tensors: list[Tensor]) -> None:
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]

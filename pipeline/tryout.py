@@ -42,7 +42,7 @@ def tryout(
     measures = measures_of(TIER.measures, threat, num_experts=experts)
     job, began = main_job(config, splits.validation, TIER, measures), time.monotonic()
 
-    def tell(done: int, of: int) -> None:
+    def tell(done: int, of: int, measure: str) -> None:
         session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)
 
     verdicts = judge(

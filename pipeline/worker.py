@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pipeline import loop
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
 from pipeline.final import finish
-from pipeline.session import Event, Session, Wish
+from pipeline.session import Event, Session, Wish, nothing
 from pipeline.state import NonFiniteError
+from pipeline.stores import for_worker
 from pipeline.tryout import tryout
 
 HOPELESS = (NonFiniteError, loop.RouterError, loop.RoomError, CheckpointError, ValueError)
@@ -105,6 +107,7 @@ def work(settings: Mapping[str, Any]) -> str:
     mark = {"trial": settings["trial"]} if "trial" in settings else {}
     torch.set_num_threads(1)
     context, mailbox = ray.train.get_context(), settings["mailbox"]
+    folder = Path(settings["folder"])
     line = Line(mailbox, context.get_world_rank(), mark)
     session = Session(
         rank=context.get_world_rank(),
@@ -116,8 +119,9 @@ def work(settings: Mapping[str, Any]) -> str:
         notice=line.notice,
     )
     try:
+        session = replace(session, kept=for_worker(folder) or nothing)
         config, end = read(settings["config"]), tryout if mark else finish
-        metrics = loop.fit(config, Path(settings["folder"]), session, end)
+        metrics = loop.fit(config, folder, session, end)
         ending: Event = {"kind": "finished", "metrics": metrics}
     except loop.Stopped as stop:
         ending = {"kind": "stopped", "text": str(stop)}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema"),
+    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff", "norms"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
@@ -23,6 +23,7 @@ ORDER = (
         "presets",
         "optim",
         "checkpoint",
+        "pretrained",
         "stages",
         "plots",
         "route_plots",
@@ -31,14 +32,17 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
+    ("bucket", "stores", "leases"),
+    ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
+    ("lookup",),
     ("final", "tryout"),
     ("loop", "masked"),
     ("worker", "preflight"),
     ("crew",),
     ("train", "data_tool", "report"),
     ("shards", "sweep"),
-    ("evaluate", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("evaluate", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
@@ -46,7 +50,7 @@ ONLY = {
         *("worker", "crew", "train", "shards", "tune", "grid"),
         *("data.streaming", "preflight", "doctor"),
     },
-    "mlflow": {"tracking", "report"},
+    "mlflow": {"tracking", "report", "sweep"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
 HEAVY = (

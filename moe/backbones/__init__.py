@@ -1,36 +1,19 @@
 """Every backbone by name. A new one is a file here and a line below."""
 
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Any
 
 from moe.backbones.densenet import DenseNet
-from moe.backbones.parts import Activation
+from moe.backbones.dual import DualNetworks
+from moe.backbones.lipschitz import Lipschitz
+from moe.backbones.mixture import NetworkMixture
+from moe.backbones.protocols import Backbone as Backbone
+from moe.backbones.protocols import RouterScope as RouterScope
 from moe.backbones.resnet import ResNet18
 from moe.backbones.small import Small
 from moe.backbones.vgg import VGG16
+from moe.backbones.vit import ViT
 from moe.backbones.wide_resnet import WideResNet
-from moe.network import Network
-
-RouterScope = Literal["shared", "per_layer"]
-
-
-class Backbone(Protocol):
-    """Settings are fields; ``build`` makes the network.
-
-    ``ratio`` scales the width of one expert (r of AdvMoE); ``num_experts`` of 1 is a dense net
-    without a router, so ``num_experts=1, ratio=0.5`` is the paper's S-Dense.
-    """
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def ratio(self) -> float: ...
-    @property
-    def router_scope(self) -> RouterScope: ...
-    @property
-    def activation(self) -> Activation: ...
-
-    def build(self, num_classes: int, image_size: int) -> Network: ...
-
 
 BACKBONES: dict[str, type[Backbone]] = {
     "resnet18": ResNet18,
@@ -38,4 +21,19 @@ BACKBONES: dict[str, type[Backbone]] = {
     "wrn28_10": WideResNet,
     "vgg16": VGG16,
     "densenet": DenseNet,
+    "vit": ViT,
+    "mixture": NetworkMixture,
+    "dual": DualNetworks,
+    "lipschitz": Lipschitz,
 }
+
+
+def dense_twin(backbone: Any) -> Backbone:
+    """Return what a backbone is compared with: one expert of full width, no router.
+
+    Of a dual model that of its robust half.
+    """
+    if isinstance(backbone, DualNetworks):
+        return dense_twin(backbone.robust)
+    twin: Backbone = replace(backbone, num_experts=1, ratio=1.0)
+    return twin

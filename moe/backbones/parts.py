@@ -38,7 +38,7 @@ ACTIVATIONS: dict[Activation, Act] = {"relu": relu, "silu": F.silu, "softplus": 
 (Xie et al., 2020, arXiv:2006.14536); ``softplus`` is the parametric one of that paper."""
 
 
-def check(num_experts: int, ratio: float, router_scope: str, activation: str) -> None:
+def check(num_experts: int, ratio: float, router_scope: str, activation: str = "relu") -> None:
     """Refuse settings that no backbone can build.
 
     Raises:

@@ -5,8 +5,11 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.gaussian import Gaussian
+from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.pgd_training import PGDTraining
+from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
@@ -18,7 +21,8 @@ class Algorithm(Protocol):
 
     Labels are classes (B,), or, of mixed images, the share of each class (B, K). Losses of labels
     come from ``state.cross_entropy`` and updates from ``state.minimize``, which know the recipe.
-    One that trains several networks in turn also offers what ``Staged`` lists.
+    One that trains several networks in turn also offers what ``Staged`` lists; one that steps
+    other groups than experts and router offers a ``partition`` (``pipeline.state``).
     """
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...
@@ -31,4 +35,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "moe_at": MoEAT,
     "adv_moe": AdvMoE,
     "sparse": Sparse,
+    "rt_er": RTER,
+    "jtdmoe": JTDMoE,
+    "gaussian": Gaussian,
 }

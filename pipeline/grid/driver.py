@@ -122,7 +122,8 @@ def start(book: Book, place: int, address: str) -> Running:
             start_new_session=True,  # Ctrl-C is for the grid, which then stops its cells
         )
     parent = book.tracker.run_id
-    request = {"config": flatten(config), "tags": {PARENT: parent} if parent else {}}
+    tags = {PARENT: parent} if parent else {}
+    request = {"config": flatten(config), "tags": tags, "strict": book.tracker.strict}
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it died at once, which its exit code tells
         process.stdin.write(json.dumps(request) + "\n")

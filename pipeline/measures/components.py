@@ -14,16 +14,19 @@ from pipeline.measures.clean import Clean
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAttack:
-    """RA-E: PGD on the cross-entropy along the clean image's route; the router is left out."""
+    """RA-E: PGD on the cross-entropy with the clean image's routing; the router is left out.
+
+    That is the clean route, or, of a mixture with soft gates, the weights of the clean image.
+    """
 
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
-            route = model(x_BCHW).route
+            scores = model(x_BCHW).router
 
         def objective(x: Tensor, index: Tensor) -> Tensor:
-            return cross_entropy_per_image(model.along(x, route[index]), y_B[index])
+            return cross_entropy_per_image(model.held(x, scores[index]), y_B[index])
 
         before = Clean()(model, x_BCHW, y_B, noise)
         return break_images(self.attack, model, objective, before, x_BCHW, y_B, noise)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from moe.layers import MoEConv2d
 from moe.network import Network
 from moe.routing import Routing
 
+M = TypeVar("M", bound=nn.Module)
 Gate = Callable[[Tensor], Tensor]  # scores (B, E) to the weights of the experts (B, E)
 
 
@@ -39,8 +41,8 @@ def straight_through(model: Network) -> Callable[[Tensor], Tensor]:
 
     The chosen expert alone passes it on, see ``moe.routing.straight_through_top1``.
     """
-    twin = copy.copy(model)
-    twin.gate_gradient = True
+    twin = _same(model)
+    twin.gate_gradient = True  # of a dual model, of both halves
     return lambda x_BCHW: twin(x_BCHW).logits
 
 
@@ -103,6 +105,14 @@ def _layer_by_layer(model: Network, gate: Gate) -> Callable[[Tensor], Tensor]:
             "convolutions with a gate: the others have no relaxed form"
         )
     return lambda x_BCHW: twin(x_BCHW).logits
+
+
+def _same(module: M) -> M:
+    """Copy the tree of modules; parameters are shared."""
+    clone = copy.copy(module)
+    children = module._modules.items()
+    clone._modules = {name: child if child is None else _same(child) for name, child in children}
+    return clone
 
 
 def _swap(module: nn.Module, gate: Gate) -> tuple[nn.Module, int]:

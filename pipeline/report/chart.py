@@ -14,9 +14,13 @@ from pipeline.report.grouping import Block
 from pipeline.report.statistics import Estimate
 
 STYLES = dict(
-    zip(ROWS, (("C7", "s"), ("C0", "v"), ("C2", "^"), ("C1", "D"), ("C3", "o")), strict=True)
+    zip(
+        ROWS,
+        (("C7", "s"), ("C0", "v"), ("C2", "^"), ("C1", "D"), ("C3", "o"), ("C4", "X")),
+        strict=True,
+    )
 )
-OTHER_COLORS = ("C4", "C5", "C6", "C8", "C9")
+OTHER_COLORS = ("C5", "C6", "C8", "C9")
 COLUMNS = 4
 
 

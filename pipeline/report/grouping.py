@@ -169,7 +169,8 @@ def conditions_of(run: Run) -> dict[str, str]:
 
 def kind_of(run: Run) -> str:
     """Tell which row of the paper a run belongs to; for anything else its own name."""
-    mixture = int(run.params.get("backbone.num_experts", "1")) > 1
+    dual = run.params["backbone"] == "dual"  # two networks: their experts are counted for each
+    mixture = dual or int(run.params.get("backbone.num_experts", "1")) > 1
     narrow = mixture or float(run.params.get("backbone.ratio", "1")) < 1
     for name, row in ROWS.items():
         formed = row.algorithm != "trades" or row.narrow == narrow

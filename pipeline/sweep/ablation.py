@@ -89,12 +89,15 @@ def ablation_table(found: Ablation) -> Table:
     aim = "val/ra_worst" if "val/ra_worst" in found.metrics else found.metrics[-1]
     costs = [name for name in COSTS if any(row.mean(name) is not None for row in found.rows)]
     first = found.rows[0].share(aim)
-    header = (found.name, "n", *map(title_of, found.metrics), f"{title_of(aim)} - first")
-    used, lines = set(), []
+    shares = map(title_of, found.metrics)
+    header = (found.name, "n", *shares, f"{title_of(aim)} - first", *map(title_of, costs))
+    used: set[str] = set()
+    lines = []
     for value, row in zip(found.values, found.rows, strict=True):
         own = row.share(aim)
         gain = None if row is found.rows[0] or not own or not first else difference(own, first)
-        used |= {gain.over} if gain is not None else set()
+        if gain is not None:
+            used.add(gain.over)
         cells = [value, str(len(row.runs)), *(percent(row.share(m)) for m in found.metrics)]
         lines.append((*cells, points(gain), *(cost(name, row.mean(name)) for name in costs)))
     notes = (
@@ -103,7 +106,6 @@ def ablation_table(found: Ablation) -> Table:
         *(f"Differences in points, {text}." for over, text in FOOT.items() if over in used),
         *found.notes,
     )
-    header += tuple(map(title_of, costs))
     title = f"Ablation of {found.name}"
     return Table(title, header, tuple(lines), words=(found.name,), notes=notes)
 

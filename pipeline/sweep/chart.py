@@ -43,11 +43,6 @@ class Frame:
     stopped: Sequence[Trial]
     infeasible: Sequence[Trial]
 
-    @property
-    def highest(self) -> float:
-        """The dearest trial's cost."""
-        return max(filter(None, (t.value(self.cost.metric) for t in self.compared)), default=1.0)
-
     def color(self, trial: Trial) -> Any:
         """Colour of a trial: dark is cheap."""
         from matplotlib import colormaps
@@ -139,7 +134,8 @@ def draw_panel(
         point = at(trial, across, frame.y)
         if not any(map(math.isnan, point)):
             on = trial.number in names
-            draw_interval(axes, trial, point, across, frame.y) if on else None
+            if on:
+                draw_interval(axes, trial, point, across, frame.y)
             mark(trial, *point, ON if on else BEATEN, color=frame.color(trial))
     if across.metric.startswith("cost/"):
         low = axes.get_xaxis_transform()  # upwards in parts of the panel

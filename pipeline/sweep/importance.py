@@ -60,10 +60,10 @@ def associate(setting: Sequence[str], outcome: Sequence[float], *, seed: int = 0
     """
     from scipy.stats import rankdata
 
-    read = [number(text) for text in setting]
-    signed = all(isinstance(value, float) for value in read)
-    coded = {text: code for code, text in enumerate(sorted(set(setting)))}
-    x_N = np.array(read if signed else [coded[text] for text in setting], dtype=float)
+    read = [value for text in setting if isinstance(value := number(text), float)]
+    signed = len(read) == len(setting)
+    coded = {text: float(code) for code, text in enumerate(sorted(set(setting)))}
+    x_N = np.array(read if signed else [coded[text] for text in setting])
     y_N = np.asarray(outcome, dtype=float)
     n, measure = len(x_N), correlation if signed else ratio
     if n < 2 or len(set(x_N.tolist())) < 2 or len(set(y_N.tolist())) < 2:
@@ -102,7 +102,7 @@ def ratio(groups_RN: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
         inside_RN = groups_RN == group
         count_R = np.maximum(inside_RN.sum(1), 1)
         between_R += (centred_RN * inside_RN).sum(1) ** 2 / count_R
-    return np.sqrt(between_R / (centred_RN**2).sum(1))
+    return np.asarray(np.sqrt(between_R / (centred_RN**2).sum(1)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -156,4 +156,5 @@ def told(found: Association, p: float, *, enough: bool) -> str:
     text = f"{found.value:{sign}.2f} ({found.low:{sign}.2f} to {found.high:{sign}.2f})"
     if not enough:
         return f"{text}, too few"
-    return f"{text}, p {p:.3f}" + ("" if p < ALPHA else ": may be chance")
+    chance = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{text}, {chance}" + ("" if p < ALPHA else ": may be chance")

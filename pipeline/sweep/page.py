@@ -27,7 +27,7 @@ body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-seri
 h1 { font-size: 1.45rem; margin: .4em 0; } h2 { font-size: 1.1rem; margin: 1.8em 0 .4em; }
 ul { margin: .3em 0; padding-left: 1.2em; } figure { margin: 12px 0; }
 figcaption { color: #50505a; font-size: .87rem; }
-svg { width: 100%; height: auto; display: block; }
+figure { overflow-x: auto; } svg { width: 100%; min-width: 640px; height: auto; display: block; }
 svg a { cursor: pointer; } svg a:focus { outline: none; }
 svg a:focus use, svg a.on use { stroke: #d0006f !important; stroke-width: 3px !important; }
 .wide { overflow-x: auto; border: 1px solid #d9d9e0; border-radius: 6px; max-height: 32rem; }
@@ -35,9 +35,9 @@ svg a:focus use, svg a.on use { stroke: #d0006f !important; stroke-width: 3px !i
 table { border-collapse: collapse; width: 100%; font-size: .87rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 9px; border-bottom: 1px solid #e6e6ec; text-align: right; }
-td { white-space: nowrap; } td.word { white-space: normal; min-width: 9em; }
+td { white-space: nowrap; } td.word { white-space: normal; min-width: 12em; }
 th { background: #f3f3f7; position: sticky; top: 0; vertical-align: bottom; font-weight: 600; }
-tbody th { position: static; background: none; } .word { text-align: left; }
+tbody th { position: static; background: none; vertical-align: middle; } .word { text-align: left; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
   text-align: inherit; }
 th button:hover { text-decoration: underline; }

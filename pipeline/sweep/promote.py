@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +147,9 @@ def register(uri: str, sweep: Sweep, choice: Choice, name: str) -> str:
         UnfitError: The trial left no model.
         ConnectionError: The server does not answer, or refuses.
     """
-    from_client = mlflow_client()
+    client_class = mlflow_client()
     try:
-        client = from_client(uri)
+        client = client_class(uri)
         ensure_registered(client, name)
         run_id = choice.trial.run.run_id
         known = client.search_model_versions(f"name = '{name}'")
@@ -155,14 +158,15 @@ def register(uri: str, sweep: Sweep, choice: Choice, name: str) -> str:
             version = str(max(int(version.version) for version in own))
         else:
             model_id = logged_model(client, uri, choice.trial)
-            made = client.create_model_version(
-                name,
-                f"models:/{model_id}",
-                run_id=run_id,
-                model_id=model_id,
-                tags={"sweep": sweep.parent.run_id, "trial": choice.trial.number},
-                description=f"Trial {choice.trial.number} of sweep {sweep.space}: {choice.why}.",
-            )
+            with process_tracks(uri):
+                made = client.create_model_version(
+                    name,
+                    f"models:/{model_id}",
+                    run_id=run_id,
+                    model_id=model_id,
+                    tags={"sweep": sweep.parent.run_id, "trial": choice.trial.number},
+                    description=f"Trial {choice.trial.number} of {sweep.space}: {choice.why}.",
+                )
             version = str(made.version)
         client.set_registered_model_alias(name, choice.alias, version)
         return version
@@ -170,6 +174,19 @@ def register(uri: str, sweep: Sweep, choice: Choice, name: str) -> str:
         raise
     except Exception as error:
         raise ConnectionError(f"MLflow does not register {name}: {error}") from error
+
+
+@contextmanager
+def process_tracks(uri: str) -> Iterator[None]:
+    """Make a URI the process' own for a while: by it MLflow resolves models:/ even for a client."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def ensure_registered(client: Any, name: str) -> None:

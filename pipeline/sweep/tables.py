@@ -67,14 +67,15 @@ def trials_table(
     axes = [axis.metric for axis in sweep.axes]
     rest = [name for name in (*shares, *COSTS) if name not in axes]
     rest = [name for name in rest if any(t.value(name) is not None for t in sweep.trials)]
-    header = ("trial", *map(title_of, axes), *short_keys(sweep.keys), *map(title_of, rest))
+    words = ("trial", "ended") if ended else ("trial",)
+    header = (*words, *map(title_of, axes), *short_keys(sweep.keys), *map(title_of, rest))
     rows = []
     for trial in trials:
-        cells = [trial.number, *(number(trial, name) for name in axes)]
+        cells = [trial.number, *([outcome(trial)] if ended else [])]
+        cells += [number(trial, name) for name in axes]
         cells += [shown(key, trial.run.params.get(key)) for key in sweep.keys]
         cells += [number(trial, name) for name in rest]
-        rows.append((*cells, *([outcome(trial)] if ended else [])))
-    header += ("ended",) if ended else ()
+        rows.append(tuple(cells))
     return Table(title, header, tuple(rows), tuple(trial.number for trial in trials))
 
 

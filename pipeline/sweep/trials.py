@@ -15,14 +15,8 @@ from pipeline.measures.interval import wilson
 from pipeline.report.grouping import conditions_of
 from pipeline.report.runs import Run, every, run_of
 from pipeline.report.statistics import Estimate, estimate
-from pipeline.tracking import (
-    SQLITE,
-    active_run,
-    download,
-    mlflow_client,
-    resolve_uri,
-    without_password,
-)
+from pipeline.tracking import SQLITE, download, mlflow_client, resolve_uri, without_password
+from pipeline.tracking.server import active_run
 
 KIND = "robust_moe.kind"
 STATUSES = ("finished", "stopped", "failed", "infeasible")
@@ -97,11 +91,13 @@ class Trial:
         """Look up a share with its 95% interval: the run's own, else Wilson's; None: no share."""
         if (value := self.value(metric)) is None:
             return None
-        ends = [self.value(f"{metric}_{end}") for end in ("low", "high")]
-        if None in ends:
+        low, high = self.value(f"{metric}_low"), self.value(f"{metric}_high")
+        if low is None or high is None:
             n = self.images
-            ends = [*wilson(round(value * n), n)] if n and 0 <= value <= 1 else [math.nan] * 2
-        return estimate([value], *(end for end in ends if end is not None))
+            low = high = math.nan
+            if n and 0 <= value <= 1:
+                low, high = wilson(round(value * n), n)
+        return estimate([value], low, high)
 
 
 @dataclass(frozen=True)

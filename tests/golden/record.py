@@ -13,11 +13,14 @@ from typing import Literal
 
 import torch
 
+from moe.backbones import Backbone
+from moe.backbones.dual import DualNetworks
 from moe.backbones.parts import BasicBlock, assemble, mixture, plain
 from moe.backbones.resnet import ResidualBody
 from moe.network import Network
 from moe.routers import ImageRouter
 from pipeline.algorithms import ALGORITHMS
+from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.staged import Staged
 from pipeline.checkpoint import build_model
 from pipeline.config import Config
@@ -26,7 +29,7 @@ from pipeline.data.synthetic import Synthetic
 from pipeline.optim import build_optimizers
 from pipeline.seeding import Noise, generator_at
 from pipeline.stages import advance, moment
-from pipeline.state import TrainState
+from pipeline.state import TrainState, partition_of
 
 FOLDER = Path(__file__).parent
 UPDATES, BATCH = 10, 16
@@ -57,22 +60,31 @@ class Two:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair(DualNetworks):
+    """A dual model of two such mixtures."""
+
+    standard: Backbone = Two()
+    robust: Backbone = Two()
+
+
 def curves(name: str) -> Curves:
     """Train a small mixture for ten updates; return each loss, in nats per image.
 
     An algorithm with stages goes through all of them, and ends with a dense net of half the width.
     """
-    dataset, algorithm, two = (
-        Synthetic(classes=4, size=8, train_images=256),
-        ALGORITHMS[name](),
-        Two(),
-    )
+    dataset, algorithm = Synthetic(classes=4, size=8, train_images=256), ALGORITHMS[name]()
+    two: Backbone = Two()
     if isinstance(algorithm, Staged):
         two = Two(num_experts=1, ratio=0.5)
+    if isinstance(algorithm, JTDMoE):
+        two = Pair()
     config = Config(lr=0.02, epochs=1, dataset=dataset, backbone=two, algorithm=algorithm)
     images = dataset.load(0).train
     torch.manual_seed(0)
-    state = TrainState(build_model(config, 0).double(), {})
+    state = TrainState(
+        build_model(config, 0).double(), {}, partition=partition_of(config.algorithm)
+    )
     state.optimizers = build_optimizers(config, state)
     order_N, found, stage = epoch_order(len(images), 0, 0), Curves(), 0
     for step in range(UPDATES):

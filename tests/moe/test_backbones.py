@@ -13,14 +13,16 @@ from moe.backbones import BACKBONES
 from moe.backbones.parts import ACTIVATIONS
 from moe.layers import MoEConv2d
 from moe.network import is_router_parameter
+from tests.conftest import LAYERED
 
 SCOPES = ("shared", "per_layer")
+SINGLE = [name for name in BACKBONES if name != "dual"]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("num_experts", [1, 2, 3])
 @pytest.mark.parametrize("size", [8, 32])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_backbone_maps_pixels_to_logits_scores_and_route(
     name: str, size: int, num_experts: int, scope: str
 ) -> None:
@@ -37,7 +39,7 @@ def test_backbone_maps_pixels_to_logits_scores_and_route(
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_names_tell_the_routers_parameters_from_the_experts(name: str, scope: str) -> None:
     model = BACKBONES[name](num_experts=2, ratio=0.125, router_scope=scope).build(4, 8)
     found = {id(p) for key, p in model.named_parameters() if is_router_parameter(key)}
@@ -53,7 +55,7 @@ def test_names_tell_the_routers_parameters_from_the_experts(name: str, scope: st
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_one_expert_is_a_dense_net_without_a_router(name: str, scope: str) -> None:
     model = BACKBONES[name](num_experts=1, ratio=0.125, router_scope=scope).build(4, 8)
     assert model.router is None
@@ -61,7 +63,7 @@ def test_one_expert_is_a_dense_net_without_a_router(name: str, scope: str) -> No
     assert not any(is_router_parameter(key) for key, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_experts_of_a_mixture_are_as_wide_as_the_ratio_says(name: str) -> None:
     def widths(num_experts: int, ratio: float) -> list[int]:
         model = BACKBONES[name](num_experts=num_experts, ratio=ratio).build(4, 8)
@@ -75,7 +77,7 @@ def test_experts_of_a_mixture_are_as_wide_as_the_ratio_says(name: str) -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("size", [33, 64, 65])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_forms_for_larger_images_classify_and_normalize_as_their_data_do(
     name: str, size: int, scope: str
 ) -> None:
@@ -102,7 +104,7 @@ class Activations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("size", [32, 65])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_activation_is_the_same_everywhere_and_relu_is_in_place(name: str, size: int) -> None:
     def used(activation: str) -> dict[str, int]:
         backbone = BACKBONES[name](num_experts=1, activation=activation)
@@ -132,7 +134,7 @@ def test_only_thin_dense_nets_and_large_images_have_a_thin_stem() -> None:
     assert [stem(2, 32), stem(1, 32), stem(2, 65), stem(1, 65)] == [64, 32, 32, 32]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -156,19 +158,19 @@ def test_width_below_one_is_refused() -> None:
         BACKBONES["resnet18"](width=0)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_ratio_that_leaves_no_channel_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"ratio 0\.001 leaves no channel of \d+; at least 0\.\d"):
         BACKBONES[name](ratio=0.001).build(4, 32)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_settings_are_frozen(name: str) -> None:
     with pytest.raises(FrozenInstanceError):
         BACKBONES[name]().ratio = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_same_seed_gives_the_same_network(name: str) -> None:
     nets = []
     for _ in range(2):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe.backbones import BACKBONES
 from moe.coupling import Coupling, couple, layers_of
 from moe.routing import Routing
+from tests.conftest import LAYERED
 
 
 class Body(nn.Module):
@@ -127,7 +128,7 @@ def test_resnet18_has_one_stream_a_stage_and_one_group_a_block() -> None:
     assert by_first == want | {"head": ("head",)}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_every_reader_of_a_backbone_reads_channels_that_its_layers_write(name: str) -> None:
     body = BACKBONES[name](num_experts=1, ratio=0.125).build(4, 32).body.eval()
     coupling = couple(body, 32)

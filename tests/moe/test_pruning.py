@@ -21,7 +21,7 @@ from moe.network import Network
 from moe.normalize import Normalize
 from moe.pruning import ScoredBody, scored, scored_body, top_mask
 from moe.routing import Routing
-from tests.conftest import settled
+from tests.conftest import LAYERED, settled
 from tests.moe.test_coupling import Dense, Residual, conv
 
 
@@ -38,7 +38,7 @@ def pair(name: str, size: int, ratio: float = 0.5, scale: float = 0.25) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, 32) for name in BACKBONES), ("resnet18", 65), ("small", 8)]
+    ("name", "size"), [*((name, 32) for name in LAYERED), ("resnet18", 65), ("small", 8)]
 )
 def test_pruned_net_is_the_masked_dense_net_in_eval_mode(name: str, size: int) -> None:
     model, backbone = pair(name, size)
@@ -55,7 +55,7 @@ def test_pruned_net_is_the_masked_dense_net_in_eval_mode(name: str, size: int) -
         assert (whole(x_BCHW).logits - model(x_BCHW).logits).abs().max() > 1e-3, "it does prune"
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_pruned_net_trains_as_the_masked_dense_net_would(name: str) -> None:
     """By the batch's statistics: outputs, gradients of the weights, and the running statistics."""
     model, backbone = pair(name, 32)
@@ -81,7 +81,7 @@ def test_pruned_net_trains_as_the_masked_dense_net_would(name: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[key].data, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", LAYERED)
 def test_result_costs_what_s_dense_costs(name: str) -> None:
     model, backbone = pair(name, 32)
     small, s_dense = backbone.build(4, 32).double(), backbone.build(4, 32)

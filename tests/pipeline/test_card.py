@@ -54,8 +54,9 @@ def examined(config: Config) -> Findings:
         {},
         {"backbone.router_scope": "per_layer", "backbone.num_experts": 3},
         {"algorithm": "standard", "backbone.num_experts": 1, "evaluation.norm": "l2"},
+        {"algorithm": "trades", "backbone": "mixture", "backbone.num_experts": 3},
     ],
-    ids=["shared", "per layer", "dense, l2"],
+    ids=["shared", "per layer", "dense, l2", "networks as experts"],
 )
 def test_report_has_a_line_for_each_check_and_every_plot(
     tmp_path: Path, changes: dict[str, Any]
@@ -100,3 +101,7 @@ def test_names_of_radius_and_architecture() -> None:
     assert architecture(TINY) == "small, 2 experts of widths x 0.125, shared router"
     dense = override(TINY, {"algorithm": "standard", "backbone.num_experts": 1})
     assert architecture(dense) == "small, widths x 0.125"
+    networks = override(TINY, {"backbone": "mixture", "backbone.expert": "resnet18"})
+    assert architecture(networks) == (
+        "mixture of resnet18, 2 experts of widths x 0.125, shared router"
+    )

@@ -5,12 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from pipeline.sweep import write_answer
+from tests.servers import Mlflow
 from tests.sweeps import Store, shares
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no package playwright")
@@ -66,38 +61,11 @@ def runs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 @pytest.fixture(scope="module")
 def server(store: Store, runs: dict[str, str]) -> Iterator[str]:
     """MLflow's server over the store, on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--backend-store-uri", store.uri]
-    with (store.folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            cwd=store.folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    server = Mlflow(store.uri, store.folder)
     try:
-        deadline = time.monotonic() + 180
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, (store.folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "no answer of the MLflow server"
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield server.start()
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,24 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
-        self.text = ""
+        self.inside, self.text = False, ""
         self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.inside = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "script"
 
     def handle_data(self, data: str) -> None:
-        inside = self.tags[-1][0] if self.tags else ""
-        if inside == "script" and len(self.scripts) < self.count("script"):
-            self.scripts.append(data)
-        self.text += data
+        if self.inside:
+            self.scripts[-1] += data
+        else:
+            self.text += data
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.tags)
