@@ -143,6 +143,10 @@ def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> Request
     base = override(PRESETS[preset](), {"workers": space.workers, **rest})
     if isinstance(base.workers, Elastic):
         raise ValueError(f"workers must be a whole number for a sweep, got {base.workers}")
+    if "://" in base.storage:
+        raise ValueError(
+            f"storage must be a folder that all nodes share for a sweep, got {base.storage!r}"
+        )
     keys = {key: sampler for key, sampler in space.keys.items() if key not in rest}
     known = flatten(base)
     if lacking := [key for key in keys if key not in known]:
