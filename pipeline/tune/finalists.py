@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from pipeline import checkpoint
 from pipeline.config import override
 from pipeline.console import Follower
 from pipeline.evaluate import open_ledger, plan_jobs, read_plan
 from pipeline.examine import examine
+from pipeline.lookup import origin
 from pipeline.portrait import write_report
 from pipeline.session import best_device
 from pipeline.shards import shards
@@ -54,21 +52,18 @@ def judge(book: Book, entry: Entry, follower: Follower) -> dict[str, float]:
     config = override(config, {"workers": 1})
     splits, model = config.dataset.load(config.seed), checkpoint.load_model(best)
     jobs = plan_jobs(config, splits.test, plan)
-    weights = checkpoint.sha256(best / "model.safetensors")
-    store = open_ledger(config, weights, splits.test)
+    store = open_ledger(config, origin(config, best), splits.test)
     results = shards(config, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
     found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
     follower.results(f"{book.request.name}-{entry.trial}, test split", found.metrics)
     follower.verdict(found.verdict)
     tracker = open_run(config, folder, {"judged": TIER})
-    with tempfile.TemporaryDirectory() as scratch:
-        write_report(
-            config, found, Path(scratch), class_names=splits.class_names, sha256=splits.sha256
-        )
-        tracker.handle({"kind": "metrics", "step": 0, "values": found.metrics})
-        for name, text in found.verdict.tags.items():
-            tracker.handle({"kind": "tag", "key": name, "value": text})
-        tracker.handle({"kind": "artifacts", "folder": scratch})
-        tracker.close("finished")
+    home = folder / "judged"
+    write_report(config, found, home, class_names=splits.class_names, sha256=splits.sha256)
+    tracker.handle({"kind": "metrics", "step": 0, "values": found.metrics})
+    for name, text in found.verdict.tags.items():
+        tracker.handle({"kind": "tag", "key": name, "value": text})
+    tracker.handle({"kind": "artifacts", "folder": str(home)})
+    tracker.close("finished")
     return dict(found.metrics)

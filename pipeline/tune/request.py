@@ -143,6 +143,10 @@ def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> Request
     base = override(PRESETS[preset](), {"workers": space.workers, **rest})
     if isinstance(base.workers, Elastic):
         raise ValueError(f"workers must be a whole number for a sweep, got {base.workers}")
+    if "://" in base.storage:
+        raise ValueError(
+            f"storage must be a folder that all nodes share for a sweep, got {base.storage!r}"
+        )
     keys = {key: sampler for key, sampler in space.keys.items() if key not in rest}
     known = flatten(base)
     if lacking := [key for key in keys if key not in known]:
@@ -174,7 +178,7 @@ def limits(space: Space, keys: Mapping[str, Any], own: Mapping[str, Any]) -> dic
             "search must be random or optuna, got 'pbt': population based training does nothing "
             "under Ray Train V2, where Tune has no checkpoint to copy"
         )
-    if search not in (*SEARCHES, "grid"):
+    if not space.grid and search not in SEARCHES:
         raise ValueError(f"search must be {' or '.join(SEARCHES)}, got {search!r}")
     if search == "optuna" and find_spec("optuna") is None:
         raise ValueError("search=optuna needs the package: pip install 'robust-moe[search]'")

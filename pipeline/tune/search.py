@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,9 +43,11 @@ def suggested(request: Request, seed: int, known: Iterable[Known]) -> Point:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spread = OptunaSearch.convert_search_space(dict(request.keys))
     modes = {"max": "maximize", "min": "minimize"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the liar
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     study = optuna.create_study(
-        directions=[modes[mode] for _, mode in request.space.objectives],
-        sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
+        directions=[modes[mode] for _, mode in request.space.objectives], sampler=sampler
     )
     for point, metrics in known:
         values = [metrics[name] for name, _ in request.space.objectives] if metrics else None

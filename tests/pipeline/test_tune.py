@@ -50,6 +50,7 @@ def request(*words: str, names: tuple[str, ...] = NAMES) -> Request:
         ("adv_moe quickstart search=grid", "search must be random or optuna, got 'grid'"),
         ("adv_moe quickstart scheduler=pbt", "scheduler must be asha or none, got 'pbt'"),
         ("adv_moe quickstart workers=1..2", r"workers must be a whole number for a sweep"),
+        ("adv_moe quickstart storage=s3://a/b", "storage must be a folder that all nodes share"),
         ("adv_moe quickstart epochz=1", "no key 'epochz'"),
         ("adv_moe quickstart algorithm=trades", r"no key 'algorithm\.router_loss' in quickstart"),
         ("ablation_beta quickstart algorithm.beta=6", "nothing to search"),
