@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ class Crew:
         config, folder: Of the run.
         mailbox: Their line to this process.
         stop: What the user asked for.
-        ending: Filled elsewhere by the workers' last event, and by ``judging`` once training is
-            over.
+        ending: Filled elsewhere by the workers' last event, by ``updates`` as they go on, and by
+            ``judging`` once training is over.
         tell: Takes events of this process, such as the number of workers.
     """
 
@@ -115,8 +115,7 @@ class Crew:
             self.tell({"kind": "crew", "count": count, "of": str(self.config.workers)})
             more = next((n for n in counts if n > count), count) - count
             try:
-                with waiting_room(self.bundle(), more) as room:
-                    outcome = self.attend(self.trainer(count, 0).fit, room)
+                outcome = self.attend(self.trainer(count, 0).fit, more)
                 if outcome != "stopped":
                     return outcome
             except TrainingFailedError as error:
@@ -127,11 +126,11 @@ class Crew:
                 self.tell({"kind": "warning", "text": f"workers were lost: {cause(error)}"})
         return "stopped"
 
-    def attend(self, fit: Callable[[], Any], room: Callable[[], bool] | None = None) -> str:
+    def attend(self, fit: Callable[[], Any], more: int = 0) -> str:
         """Run ``fit`` in a thread, and pass on to the workers what they are wished to do.
 
         Args:
-            room: Tells whether there is room for more workers.
+            more: Workers to wait for, once these are at work: they must not take their room.
 
         Returns:
             How the workers ended: ``finished``, ``stopped`` or ``failed``.
@@ -148,22 +147,26 @@ class Crew:
 
         ray.get(self.mailbox.wish.remote(Wish.NONE))
         thread = threading.Thread(target=run, daemon=True)
-        thread.start()
         wished, failed, looked = False, 0.0, time.monotonic()
-        while thread.is_alive():
-            thread.join(POLL)
-            joined = False
-            if room is not None and not wished and time.monotonic() - looked > LOOK:
-                joined, looked = room(), time.monotonic()
-            if (self.stop.since or joined) and not wished:
-                wished = True
-                self.mailbox.wish.remote(Wish.STOP)
-            if self.stop.overdue or (self.stop.since and self.ending.get("judging")):
-                raise KeyboardInterrupt
-            if self.ending.get("kind") == "failed":
-                failed = failed or time.monotonic()
-                if time.monotonic() - failed > LINGER:
-                    return "failed"  # the others wait for one that has ended
+        room, updates = None, self.ending.get("updates", 0)
+        with ExitStack() as stack:
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL)
+                if more and room is None and self.ending.get("updates", 0) > updates:
+                    room = stack.enter_context(waiting_room(self.bundle(), more))
+                joined = False
+                if room is not None and not wished and time.monotonic() - looked > LOOK:
+                    joined, looked = room(), time.monotonic()
+                if (self.stop.since or joined) and not wished:
+                    wished = True
+                    self.mailbox.wish.remote(Wish.STOP)
+                if self.stop.overdue or (self.stop.since and self.ending.get("judging")):
+                    raise KeyboardInterrupt
+                if self.ending.get("kind") == "failed":
+                    failed = failed or time.monotonic()
+                    if time.monotonic() - failed > LINGER:
+                        return "failed"  # the others wait for one that has ended
         if "error" in box:
             raise box["error"]
         return str(box["result"].return_value)
@@ -245,9 +248,6 @@ def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Callable[[
         remove_placement_group,
     )
 
-    if not count:
-        yield lambda: False
-        return
     group = placement_group([dict(bundle)] * count)
     try:
         yield lambda: placement_group_table(group).get("state") == "CREATED"

@@ -34,6 +34,9 @@ class Elastic(int):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Elastic) and str(self) == str(other)
 
+    def __ne__(self, other: object) -> bool:  # else it would be that of int
+        return not self == other
+
     def __hash__(self) -> int:
         return hash(str(self))
 

@@ -122,13 +122,16 @@ class TrainState:
         """Attack a frozen copy of the model in eval mode; the model itself is not touched."""
         frozen = fold(self.model)
         x_adv = attack(aim(frozen, x_BCHW), x_BCHW, self.noise)
-        again = ", again" * ("adversarial images" in self.watched)  # after the first group's update
-        self.watch(f"adversarial images{again}", x_adv.mean())
+        self.watch("adversarial images", x_adv.mean())
         return x_adv
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Keep a scalar to be checked, and reported, at the end of the update."""
-        self.watched[name] = value.detach().float()
+        """Keep a scalar to be checked, and reported, at the end of the update.
+
+        The first of a name keeps its place: what is checked first is what went wrong first.
+        """
+        again = ", again" if name in self.watched else ""
+        self.watched[name + again] = value.detach().float()
 
     def cross_entropy(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
         """Mean cross-entropy with smoothed labels, which are classes (B,) or shares (B, K)."""

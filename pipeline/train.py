@@ -198,6 +198,8 @@ def fit_on_ray(
                 follower.say(f"warning: {error}")
         if event["kind"] == "judging":
             ending["judging"] = True
+        if event["kind"] == "progress":
+            ending["updates"] = ending.get("updates", 0) + 1
         tracker.handle(event)
         follower.handle(event)
 
@@ -216,6 +218,7 @@ def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> 
         ValueError: The run cannot work there, says ``check``.
     """
     import ray
+    from ray._private import worker
 
     keys = [k for k in ENVIRONMENT if k.startswith("RAY_TRAIN")]
     passed = {k: os.environ[k] for k in keys if k in os.environ}
@@ -233,6 +236,7 @@ def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> 
         logging_level="ERROR",
         **({"include_dashboard": False} if address == "local" else {}),
     )
+    worker._worker_logs_enabled = False  # a lost node's dump, which log_to_driver lets through
     try:
         check(config)
         yield

@@ -168,7 +168,9 @@ def test_full_disk_ends_the_run_and_keeps_the_checkpoint_before_it(
             except OSError:
                 pass
 
-    with pytest.raises(CheckpointError, match=r"best cannot be written: .*\(0\.0 MiB free there\)"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000008 cannot be written: .*\(0\.0 MiB free there\)"
+    ):
         run(TINY, folder, after("progress", 6, fill))
     assert steps(folder) == [4]
     filler.unlink()
@@ -208,7 +210,7 @@ def test_limit_on_the_size_of_files_does_the_same(tmp_path: Path, straight: Path
         check=False,
     )
     assert finished.returncode == 7, finished.stderr
-    assert "best cannot be written: " in finished.stdout
+    assert "step_00000008 cannot be written: " in finished.stdout
     assert steps(tmp_path) == [4]
     assert_goes_on(tmp_path, straight)
 
