@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.data.pictures import one_line
 
 SCHEMES = ("s3", "gs", "file")
 BLOCK = 1 << 20
+DRAFT = ".draft"
 
 
 class StoreError(ValueError):
@@ -70,14 +72,17 @@ class Bucket:
     def write(self, name: str, source: bytes | Path) -> str:
         """Write an object, seen by others whole or not at all; return the sha256 of it."""
         sha256 = hashlib.sha256()
-        path = self._path(name)
+        path, local = self._path(name), isinstance(self._fs, fs.LocalFileSystem)
+        target = f"{path}.{uuid.uuid4().hex}{DRAFT}" if local else path  # stores show whole objects
         try:
-            if isinstance(self._fs, fs.LocalFileSystem):
+            if local:
                 self._fs.create_dir(path.rpartition("/")[0], recursive=True)
-            with self._fs.open_output_stream(path) as stream:
+            with self._fs.open_output_stream(target) as stream:
                 for block in blocks(source):
                     sha256.update(block)
                     stream.write(block)
+            if local:
+                self._fs.move(target, path)
         except (pa.ArrowException, OSError) as error:
             raise self._error("written", name, error) from error
         return sha256.hexdigest()
@@ -92,7 +97,7 @@ class Bucket:
         except (pa.ArrowException, OSError) as error:
             raise self._error("listed", below, error) from error
         root = self._path("").rstrip("/")
-        return sorted(info.path[len(root) :].lstrip("/") for info in found if info.is_file)
+        return sorted(info.path[len(root) :].lstrip("/") for info in found if whole(info))
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there."""
@@ -125,6 +130,11 @@ class Bucket:
     def _error(self, done: str, name: str, error: Exception) -> StoreError:
         where = self.root / name if name else self.root
         return StoreError(f"{where} cannot be {done}: {one_line(error)}")
+
+
+def whole(info: Any) -> bool:
+    """Tell whether a listed thing is an object, and no draft of one."""
+    return bool(info.is_file) and not info.path.endswith(DRAFT)
 
 
 def blocks(source: bytes | Path) -> Iterator[bytes]:

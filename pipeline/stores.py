@@ -229,12 +229,14 @@ def with_parents(folder: Path, root: Path) -> None:
 
 
 def owner_of(home: Remote) -> Mapping[str, Any]:
-    """Read who may write to a home; empty: nobody does."""
-    try:
-        found = json.loads(Bucket(home).read("owner.json") or b"{}")
-    except ValueError:
+    """Read who may write to a home; empty: nobody does, and what cannot be read is somebody."""
+    if (text := Bucket(home).read("owner.json")) is None:
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"token": "", "text": str(text[:200])}
 
 
 def for_worker(folder: Path) -> Callable[[], None] | None:
