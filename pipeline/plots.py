@@ -104,9 +104,11 @@ def plot_waterfall(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
         rows: Name, images broken and images left, as ``pipeline.examine.waterfall`` counts them.
     """
     n = rows[0][1] + rows[0][2]
-    size = (max(6.4, 1.2 * len(rows) + 2.2), 4.2)
-    figure, axes = _axes(f"What each attack breaks ({n} test images)", "", "images", size)
+    size = (min(14.0, max(6.4, 1.2 * len(rows) + 2.2)), 4.2)
+    title = f"What each attack breaks of what those before it left ({n:,} test images)"
+    figure, axes = _axes(title, "", "images", size)
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
     for place, (name, broken, left) in enumerate(rows):
         colour = "0.6" if name == "sa" else "C3"
         axes.bar(place, broken, bottom=left, color=colour, width=0.7)

@@ -20,6 +20,7 @@ from pipeline.losses import margin_per_image
 from pipeline.masked import masked
 from pipeline.measures import AutoAttack
 from pipeline.measures.attacked import Attacked, is_correct
+from pipeline.measures.auto_attack import QUERIES, STEPS
 from pipeline.measures.auto_pgd import AutoPGD
 from pipeline.seeding import ImageNoise
 
@@ -44,7 +45,7 @@ class Plain(nn.Module):
 
 
 def autoattack(settings: Settings) -> Benchmark:
-    """Run AutoAttack's standard version on the images ``attacked``; about half of them stand.
+    """Run AutoAttack's four attacks on the images ``attacked``; about half of them stand.
 
     The labels are the network's own answers, and the radius is the median, over the images, of
     ``margin / |gradient of the margin|_1``, at which a linear network would lose every second one:
@@ -57,13 +58,14 @@ def autoattack(settings: Settings) -> Benchmark:
     with torch.no_grad():
         y_A = fast(x_ACHW).logits.argmax(1)
     threat = PGD(eps=median_radius(fast, x_ACHW, y_A))
-    found: dict[str, Attacked] = {}
+    steps, queries = (max(1, round(n * settings.attack_share)) for n in (STEPS, QUERIES))
+    whole, found = AutoAttack(attack=threat, steps=steps, queries=queries), dict[str, Attacked]()
 
     def attack(name: str, model: nn.Module) -> Variant:
         noise = ImageNoise(0, torch.arange(len(x_ACHW)))
 
         def work() -> None:
-            found[name] = AutoAttack(attack=threat)(model, x_ACHW, y_A, noise)  # type: ignore[arg-type]
+            found[name] = whole(model, x_ACHW, y_A, noise)  # type: ignore[arg-type]
 
         def trial() -> None:
             few = AutoPGD(attack=replace(threat, steps=COUNTED))
@@ -72,9 +74,9 @@ def autoattack(settings: Settings) -> Benchmark:
         return Variant(work, trial=trial)
 
     def compare(outcome: Outcome) -> list[str]:
-        whole = inference(settings)
-        pair = {name: whole.variants[name] for name in (FAST, SLOW)}
-        calm = race(replace(whole, variants=pair), settings.rounds, lambda _: None)
+        plain = inference(settings)
+        pair = {name: plain.variants[name] for name in (FAST, SLOW)}
+        calm = race(replace(plain, variants=pair), settings.rounds, lambda _: None)
         gmac = outcome.gmac[MASKED] / outcome.gmac[OURS]
         return [
             f"masked over ours: AutoAttack {outcome.speedup(OURS, MASKED):.2f}, inference on "
@@ -92,7 +94,8 @@ def autoattack(settings: Settings) -> Benchmark:
         ]
 
     return Benchmark(
-        title=f"AutoAttack standard on {len(x_ACHW)} images, L-inf, eps {255 * threat.eps:.3g}/255 "
+        title=f"AutoAttack on {len(x_ACHW)} images, {settings.attack_share:.0%} of the standard "
+        f"version's {STEPS} steps and {QUERIES:,} queries, L-inf, eps {255 * threat.eps:.3g}/255 "
         f"(GMAC: of {COUNTED} steps of APGD)",
         variants={OURS: attack(OURS, fast), MASKED: attack(MASKED, slow)},
         notes=notes,

@@ -28,6 +28,8 @@ class Settings:
         router_loss, attack_steps: Of the AdvMoE update.
         batch, image_size: Images a call, and their side in pixels.
         attacked: Images of ``autoattack``.
+        attack_share: Of the standard version's steps and queries, above 0 and at most 1. The ratio
+            does not depend on it, but on the number of images: less of it leaves time for more.
         updates, epochs: Of a run of ``pipeline``, the first epoch not counted.
         rounds: In which each variant of ``step`` has one turn, and of ``inference`` three.
         threads: CPU threads; as many as torch takes by itself unless said.
@@ -46,6 +48,7 @@ class Settings:
     batch: int = 128
     image_size: int = 32
     attacked: int = 8
+    attack_share: float = 1.0
     updates: int = 4
     epochs: int = 4
     rounds: int = 3
@@ -55,12 +58,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ValueError(f"no backbone {self.backbone!r}, only {', '.join(BACKBONES)}")
-        lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0, "epochs": 2}
-        lowest["attacked"] = 2
+        lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0}
+        lowest |= {"attacked": 2, "epochs": 2}
         whole = (*lowest, "updates", "rounds", "threads")
         for key in whole:
             if (value := getattr(self, key)) < (least := lowest.get(key, 1)):
                 raise ValueError(f"{key} must be at least {least}, got {value}")
+        if not 0 < self.attack_share <= 1:
+            raise ValueError(f"attack_share must be above 0 and at most 1, got {self.attack_share}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")
         self._kind(self.num_experts, self.ratio)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ FEW_CLASSES: tuple[str, ...] = (
     "fab-t",
     "square",
 )  # the targeted ratio needs 4 logits
-QUERIES = 5000  # of Square, in the standard version
+STEPS, QUERIES = 100, 5000  # of the gradient attacks and of Square, in the standard version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,23 @@ class AutoAttack:
     one can depend on its companions where a start decides.
 
     Attributes:
+        steps, queries: Of the gradient attacks and of Square. With fewer it is no longer the
+            standard version, but takes the same turns: for timing.
         seed: Of the package's random numbers; torch's global generator is left as it was.
 
     Raises:
-        ValueError: ``pyautoattack`` is not installed.
+        ValueError: ``pyautoattack`` is not installed, or there is no step or query.
     """
 
     attack: PGD = PGD(steps=100)
+    steps: int = STEPS
+    queries: int = field(default_factory=lambda: QUERIES)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "queries"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
@@ -56,9 +65,10 @@ class AutoAttack:
         if classes >= 4:
             names, before = STANDARD, untouched(model, x_BCHW, y_B)
         else:
-            attack = PGD(eps=self.attack.eps, norm=self.attack.norm, steps=100)
+            attack = PGD(eps=self.attack.eps, norm=self.attack.norm, steps=self.steps)
             names, before = FEW_CLASSES, AutoPGDTargeted(attack=attack)(model, x_BCHW, y_B, noise)
-        return run(self.attack, self.seed, QUERIES, names, hard(model), model, before, x_BCHW, y_B)
+        attack, logits = replace(self.attack, steps=self.steps), hard(model)
+        return run(attack, self.seed, self.queries, names, logits, model, before, x_BCHW, y_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,8 @@ class AutoAttackSurrogate:
             classes = model(x_BCHW[:1]).logits.shape[1]
         names = [n for n in (STANDARD if classes >= 4 else FEW_CLASSES) if n != "square"]
         logits, before = relaxed(model, soft_backward), untouched(model, x_BCHW, y_B)
-        return run(self.attack, self.seed, QUERIES, names, logits, model, before, x_BCHW, y_B)
+        attack = replace(self.attack, steps=STEPS)
+        return run(attack, self.seed, QUERIES, names, logits, model, before, x_BCHW, y_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +140,7 @@ def run(
     """Run the package's attacks one after the other, each on the images that still stand.
 
     Args:
-        attack: Whose norm and eps are taken.
+        attack: Whose norm, eps and steps are taken.
         names: Of ``STANDARD``.
         logits: What the package attacks; ``model`` is what judges.
         before: Outcome so far; its broken images are left alone.
@@ -177,6 +188,8 @@ def _perturb(
     suite.square.n_queries = queries
     for kind in (suite.apgd_targeted, suite.fab):
         kind.n_target_classes = min(kind.n_target_classes, others)
+    for stepper in (suite.apgd, suite.apgd_targeted, suite.fab):
+        stepper.n_iter = attack.steps
     suite.apgd.logger = suite.apgd_targeted.logger = _quiet()
     found: Tensor = kinds[name].perturb(x_ACHW, y_A)
     return found.detach()

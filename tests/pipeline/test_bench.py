@@ -24,7 +24,6 @@ from pipeline.bench.settings import Settings, read_settings
 from pipeline.bench.step import disagreement, restart, training_state
 from pipeline.command import main
 from pipeline.masked import masked
-from pipeline.measures import auto_attack
 from pipeline.state import TrainState
 from tests.conftest import LAYERED
 
@@ -62,9 +61,7 @@ def test_autoattack_breaks_the_same_images_and_prints_both_ratios(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(auto_attack, "QUERIES", 5)
-    monkeypatch.setattr(auto_attack, "STANDARD", ("apgd-ce", "square"))
-    assert run(["autoattack", *TINY, "attacked=12"]) == 0
+    assert run(["autoattack", *TINY, "attacked=12", "attack_share=0.02"]) == 0
     shown = capsys.readouterr().out
     found = re.search(r"(\d+) of 12 images stand on ours, (\d+) on the masked twin", shown)
     assert found is not None
@@ -158,6 +155,7 @@ def test_list_and_help_name_the_benchmarks_and_the_keys(
         (["batch=many"], "batch must be a whole number, got 'many'"),
         (["batch=1"], "batch must be at least 2, got 1"),
         (["rounds=0"], "rounds must be at least 1, got 0"),
+        (["attack_share=2"], "attack_share must be above 0 and at most 1, got 2"),
         (["num_experts=1"], "num_experts must be at least 2, got 1"),
         (["ratio=0"], "ratio must be above 0 and at most 1, got 0"),
         (["backbone=resnet"], "no backbone 'resnet', only resnet18, small"),

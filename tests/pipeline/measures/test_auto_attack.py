@@ -122,6 +122,26 @@ def test_gradient_of_soft_gates_finds_the_route_that_the_true_gradient_hides(
     assert not is_correct(model, soft.x_adv, images.labels_N).any()
 
 
+def test_steps_and_queries_are_those_that_were_asked_for(build: Build, package: Any) -> None:
+    model = fold(build(ratio=0.125))
+    x_BCHW, y_B = examples(model, 4)
+    seen: list[bool] = []
+    forward = model.forward
+
+    def watched(x: Tensor) -> Any:
+        seen.append(x.requires_grad)
+        return forward(x)
+
+    model.forward = watched  # type: ignore[method-assign]
+    counts = []
+    for steps, queries in ((2, 10), (4, 10), (2, 30)):
+        seen.clear()
+        AutoAttack(attack=PGD(eps=1e-5), steps=steps, queries=queries)(model, x_BCHW, y_B, noise(4))
+        counts.append((sum(seen), len(seen) - sum(seen)))
+    assert counts[1][0] > 1.5 * counts[0][0], "gradients go with the steps"
+    assert counts[2] == (counts[0][0], counts[0][1] + 20), "the rest with the queries"
+
+
 def test_square_gets_its_queries_and_no_gradient(build: Build, package: Any) -> None:
     model = fold(build(ratio=0.125))
     x_BCHW, y_B = examples(model, 4)
