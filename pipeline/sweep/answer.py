@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -164,11 +164,22 @@ def spoken(trial: Trial, frame: Frame, on_front: bool) -> str:
 
 def markdown(found: Answer) -> str:
     """Write the whole answer as Markdown."""
-    parts = [f"# {found.title}", "\n".join(f"- {line}" for line in found.conditions)]
+    parts = [f"# {untagged(found.title)}", bullets(found.conditions)]
     if not found.front:
         parts.append(NO_FRONT)
     for table in found.tables:
-        parts += [f"## {table.title}", *table.notes, as_markdown(table)]
+        parts += [f"## {untagged(table.title)}", *map(untagged, table.notes), as_markdown(table)]
     if found.notes:
-        parts += ["## Notes", "\n".join(f"- {line}" for line in found.notes)]
+        parts += ["## Notes", bullets(found.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Write lines as a list in Markdown."""
+    return "\n".join(f"- {untagged(line)}" for line in lines)
+
+
+def untagged(text: str) -> str:
+    """Take tags and links out of a line of text; the rest stays as it reads."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return flat.replace("](", "]\\(")
