@@ -130,7 +130,7 @@ class Mixture(Network):
         rows = torch.split(route.order_B // each, list(route.counts))
         calls = zip(self.experts, rows, strict=True)
         parts_FK = [logits(expert, x_BCHW[rows_b]) for expert, rows_b in calls if len(rows_b)]
-        return torch.cat(parts_FK)[route.inverse_B].unflatten(0, (batch, each))
+        return torch.cat(parts_FK)[route.inverse_B].view(batch, each, -1)
 
 
 def check_gate(gate: str, top_k: int, num_experts: int, mix: str) -> None:

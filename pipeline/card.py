@@ -82,7 +82,7 @@ def conditions(config: Config, found: Findings) -> str:
         "route at will) and `ra_noise` do not count into it. Model selected on the validation "
         f"split by RA under PGD-{config.evaluation.validation_steps}; the test split had no part "
         "in that."
-    )
+    ) + "".join(f" {note}" for note in found.notes)
 
 
 def provenance(config: Config, sha256: str) -> str:

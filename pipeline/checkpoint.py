@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ FILES = ("model.safetensors", "state.pt", "config.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing or damaged."""
+    """A checkpoint is missing, damaged, or cannot be written."""
 
 
 def build_model(config: Config, stage: int = -1) -> Network:
@@ -46,13 +48,14 @@ def save(
         folder: Where it shall stand; replaced if it is there.
         state: What resuming needs beside the weights; plain values and tensors.
         meta: JSON values that describe it, such as epoch, step and metrics.
+
+    Raises:
+        CheckpointError: There is no room for it, or no right to write it.
     """
     from safetensors.torch import save_file
 
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with drafted(folder) as draft:
+        draft.mkdir(parents=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, draft / "model.safetensors")
         torch.save(state, draft / "state.pt")
@@ -61,9 +64,36 @@ def save(
         (draft / "meta.json").write_text(describe(meta, hashes))
         for file in draft.iterdir():
             _flush(file)
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """Give a folder the name it shall have once the block has filled it; else leave no trace.
+
+    Raises:
+        CheckpointError: It could not be filled.
+    """
+    from safetensors import SafetensorError
+
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        yield draft
         publish(draft, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer knows no OSError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be written: {reason}{room(folder)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def room(folder: Path) -> str:
+    """Say how much room a folder's disk has left."""
+    try:
+        free = shutil.disk_usage(folder.parent).free
+    except OSError:
+        return ""
+    return f" ({free / 2**20:.1f} MiB free there)"
 
 
 def describe(meta: dict[str, Any], hashes: dict[str, str]) -> str:
@@ -84,10 +114,8 @@ def publish(draft: Path, folder: Path) -> None:
 
 def copy(source: Path, folder: Path) -> None:
     """Copy a checkpoint, whole or not at all."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    publish(draft, folder)
+    with drafted(folder) as draft:
+        shutil.copytree(source, draft)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -144,16 +172,38 @@ def load_config(folder: str | Path) -> Config:
 
 
 def load_weights(folder: Path, model: Network) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
+    """Copy a checkpoint's weights into a model of the same shape.
+
+    Raises:
+        CheckpointError: The file holds something else.
+    """
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with refusing(folder, "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what resuming needs beside the weights; never runs code that the file carries."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    """Read what resuming needs beside the weights; never runs code that the file carries.
+
+    Raises:
+        CheckpointError: The file holds more than tensors and plain values, or something else.
+    """
+    with refusing(folder, "state.pt"):
+        state: dict[str, Any] = torch.load(
+            folder / "state.pt", weights_only=True, map_location="cpu"
+        )
     return state
+
+
+@contextmanager
+def refusing(folder: Path, name: str) -> Iterator[None]:
+    """Turn what torch and safetensors say of a file whose hash is right into one line."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: {name} is refused: {text}") from error
 
 
 def load_model(folder: str | Path) -> Network:

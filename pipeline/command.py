@@ -19,10 +19,15 @@ ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the MLflow runs as well
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+PREEMPTED = 75
+"""Exit code of a run that was stopped and can go on: sysexits.h's EX_TEMPFAIL, "try again"."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pipeline.algorithms.sparse import Sparse
 from pipeline.attacks import ATTACKS
 from pipeline.data import DATASETS, Dataset
 from pipeline.data.digits import Digits
+from pipeline.elastic import Elastic, counts, ends, read_workers
 from pipeline.measures import Evaluation
 
 C = TypeVar("C")
@@ -51,6 +52,9 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
+LATER = {"norm_bound": 0.0}
+"""Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -61,7 +65,8 @@ class Config:
         evaluation: The threat that the model is judged under, whatever it was trained with.
         epochs: Passes over the training images.
         batch_size: Images per update over all workers.
-        workers: Data-parallel replicas.
+        workers: Data-parallel replicas; ``1..4``: as many as there is room for, more or fewer as
+            nodes join and leave, with the same images in every update.
         precision: ``fp32`` or ``bf16`` (autocast; evaluation is always fp32).
         optimizer, momentum, weight_decay: Of both parameter groups.
         lr, router_lr: Peak rates; a ``router_lr`` of none is ``lr``.
@@ -77,6 +82,8 @@ class Config:
         awp_warmup: Epochs before it begins.
         label_smoothing: Part of a label that is spread over all classes in the loss.
         clip_norm: Largest norm of each group's gradient over all workers; 0: any.
+        norm_bound: Largest L-inf operator norm of every linear map and convolution, kept after
+            each update; 0: any. See ``pipeline.norms``.
         augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
         cutmix: Share of the images that get a box of another, with its share of the label.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
@@ -96,7 +103,7 @@ class Config:
     evaluation: Evaluation = Evaluation()
     epochs: int = 100
     batch_size: int = 128
-    workers: int = 1
+    workers: int | Elastic = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = 0.9
@@ -111,6 +118,7 @@ class Config:
     awp_warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
     cutmix: float = 0.0
     seed: int = 0
@@ -124,7 +132,7 @@ class Config:
         for key in ("epochs", "batch_size", "workers"):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        if self.batch_size % self.workers:
+        if any(self.batch_size % count for count in ends(self.workers)):
             raise ValueError(
                 f"batch_size must be a multiple of workers ({self.workers}), got {self.batch_size}"
             )
@@ -152,14 +160,14 @@ class Config:
         for key in ("ema_decay", "label_smoothing"):
             if not 0 <= (value := getattr(self, key)) < 1:
                 raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
-        for key in ("awp_gamma", "awp_warmup", "clip_norm"):
+        for key in ("awp_gamma", "awp_warmup", "clip_norm", "norm_bound"):
             if not 0 <= (value := getattr(self, key)) < float("inf"):
                 raise ValueError(f"{key} must be at least 0 and finite, got {value}")
         if not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix must be from 0 to 1, got {self.cutmix}")
-        if self.cutmix and self.batch_size % (2 * self.workers):  # it takes images in pairs
+        if self.cutmix and any(self.batch_size % (2 * n) for n in ends(self.workers)):  # pairs
             raise ValueError(
-                f"batch_size must be a multiple of {2 * self.workers} for cutmix on "
+                f"batch_size must be a multiple of {2 * int(self.workers)} for cutmix on "
                 f"{self.workers} worker(s), got {self.batch_size}"
             )
 
@@ -219,9 +227,15 @@ class Config:
             )
 
     @property
+    def worker_counts(self) -> list[int]:
+        """List the numbers of workers that the run may have at a time."""
+        return counts(self.workers, self.batch_size // 2 if self.cutmix else self.batch_size)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        deciding = {k: v for k, v in flatten(self).items() if k not in ELSEWHERE}
+        flat = {k: v for k, v in flatten(self).items() if k not in LATER or v != LATER[k]}
+        deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
@@ -231,7 +245,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     for field in fields(node):
         value, key = getattr(node, field.name), prefix + field.name
         if not is_dataclass(value):
-            flat[key] = value
+            flat[key] = str(value) if isinstance(value, Elastic) else value
             continue
         if field.name in REGISTRIES:
             flat[key] = name_of(field.name, value)
@@ -311,7 +325,7 @@ def parse(key: str, value: Any, hint: Any) -> Any:
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
         options = tuple(option for option in options if option is not types.NoneType)
-    kind = options[0]
+    kind = Elastic if Elastic in options else options[0]
     if typing.get_origin(kind) is Literal:
         if value in (valid := typing.get_args(kind)):
             return value
@@ -323,6 +337,7 @@ def parse(key: str, value: Any, hint: Any) -> Any:
             int: "a whole number",
             float: "a number such as 0.1 or 8/255",
             bool: "true or false",
+            Elastic: "a whole number or a range such as 1..4",
         }
         raise ValueError(
             f"{key} must be {wanted.get(kind, kind.__name__)}, got {value!r}"
@@ -332,6 +347,8 @@ def parse(key: str, value: Any, hint: Any) -> Any:
 def _as(kind: Any, value: Any) -> Any:
     if kind is str and not isinstance(value, str):
         raise TypeError
+    if kind is Elastic:
+        return read_workers(value)
     if kind is bool:
         if (text := str(value).lower()) not in ("true", "false", "1", "0"):
             raise ValueError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from pipeline.measures.judging import Effort
 from pipeline.measures.sanity import Verdict
 
 EVERY = 20.0  # seconds between two plain lines within an epoch
+WIDTH = 100  # of a table in a log, where a terminal's width is not known
 
 TITLES = {
     "test/sa": "SA, no attack",
@@ -25,10 +26,12 @@ TITLES = {
     "test/ra_apgd_dlr": "RA, APGD on the ratio of logits",
     "test/ra_apgd_t": "RA, targeted APGD",
     "test/ra_aa": "RA, AutoAttack standard",
+    "test/ra_aa_surrogate": "RA, AutoAttack by soft gates' gradient",
     "test/ra_square": "RA, Square (black box)",
     "test/ra_surrogate": "RA, gradients of other gates",
     "test/ra_surrogate_apgd": "RA, gradients of other gates, APGD",
     "test/ra_adaptive": "RA, classifier and router at once",
+    "test/ra_transfer": "RA, images made on another model",
     "test/ra_noise": "accuracy under noise",
     "test/ra_floor": "floor: the attacker sets the route",
     "test/ra_router": "RA, router attacked",
@@ -80,6 +83,12 @@ class Follower:
         where = f"epoch {event['epoch']}" + (f", update {event['step']}" if event["step"] else "")
         self.say(f"continues after {where} from {event['checkpoint']}")
 
+    def _show_crew(self, event: Mapping[str, Any]) -> None:
+        self.say(f"{event['count']} of {event['of']} worker(s)")
+
+    def _show_stopped(self, event: Mapping[str, Any]) -> None:
+        self.say(event["text"])
+
     def _show_epoch(self, event: Mapping[str, Any]) -> None:
         v = event["values"]
         losses = " ".join(
@@ -102,10 +111,19 @@ class Follower:
         self._step(where, int(event["step"]), int(event["steps"]), text)
 
     def _show_judging(self, event: Mapping[str, Any]) -> None:
-        rate = event["seconds"] / max(1, event["done"])
-        text = f"{span(rate * (event['of'] - event['done']))} left"
-        self._step(
-            f"attacks, {event.get('what', 'main')}", int(event["done"]), int(event["of"]), text
+        text = f"{span(event['seconds'])} so far"  # one attack may cost a hundred times another
+        self._step(f"attacks: {event['what']}", int(event["done"]), int(event["of"]), text)
+
+    def _show_judged(self, event: Mapping[str, Any]) -> None:
+        effort = Effort(event["seconds"], event["attacked"], event["reused"])
+        if not effort.attacked:
+            self.say(f"{event['name']}: all {effort.reused:,} outcomes are known from before")
+            return
+        share = f" on the first of {event['world']} workers" if event["world"] > 1 else ""
+        known = f", {effort.reused:,} known from before" if effort.reused else ""
+        self.say(
+            f"{event['name']}: {effort.attacked:,} images{share} in {span(effort.seconds)}, "
+            f"{effort.pace:.3g} images/s{known}"
         )
 
     def _step(self, where: str, done: int, of: int, text: str) -> None:
@@ -126,14 +144,18 @@ class Follower:
             self._task = self._bar.add_task(where, text=text)
         self._bar.update(self._task, description=where, completed=done, total=of, text=text)
 
+    @property
+    def _width(self) -> int | None:
+        return None if self.console.is_terminal else WIDTH
+
     def results(self, title: str, metrics: Mapping[str, float]) -> None:
         """Print the table at the end of a run."""
         self.close()
-        self.console.print(results_table(title, metrics))
+        self.console.print(results_table(title, metrics), width=self._width)
 
     def efforts(self, jobs: Mapping[str, Mapping[str, Effort]]) -> None:
         """Print what each attack cost, and how much was known before."""
-        self.console.print(efforts_table(jobs))
+        self.console.print(efforts_table(jobs), width=self._width)
         every = [effort for efforts in jobs.values() for effort in efforts.values()]
         reused = sum(effort.reused for effort in every)
         of = reused + sum(effort.attacked for effort in every)
@@ -207,7 +229,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def aligned(rows: list[tuple[str, ...]], left: int = 1) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], left: int = 1) -> str:
     """Lay out rows as text for a terminal or a log: so many columns to the left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

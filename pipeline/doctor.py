@@ -17,6 +17,7 @@ from pipeline.config import Config, override
 from pipeline.preflight import Node, capacity, dashboard_url, shortage, survey
 from pipeline.presets import PRESETS
 from pipeline.reach import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
+from pipeline.stores import storage_root
 from pipeline.tracking import resolve_uri, without_password
 from pipeline.train import ray_cluster
 
@@ -193,7 +194,8 @@ def storage(config: Config, nodes: list[Node]) -> Iterator[Finding]:
     """Say which nodes cannot use the run folders' folder, and whose disks are nearly full."""
     bad = [f"{node.host}: {node.storage}" for node in nodes if node.storage]
     mend = "storage= a folder that all nodes share, writable by their user" if bad else ""
-    seen = f"{Path(config.storage).expanduser().resolve()} from {len(nodes)} node(s)"
+    there = config.storage if "://" in config.storage else storage_root(config.storage)
+    seen = f"{there} from {len(nodes)} node(s)"
     yield Finding("storage", "; ".join([seen, *bad]), mend)
     low = [f"{node.host}: {node.disk}" for node in nodes if node.disk]
     mend = "delete old run folders and Ray sessions (in /tmp/ray, or --temp-dir)" if low else ""

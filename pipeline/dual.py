@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from moe.dual import Mix, check_mix
@@ -19,6 +18,7 @@ from pipeline.halves import Half, Sweep, attacked, check_same, read_half, split
 from pipeline.ledger import digest
 from pipeline.measures import END_OF_RUN
 from pipeline.plots import plot_trade_off
+from pipeline.stores import storage_root
 from pipeline.tracking import EVALUATED
 from pipeline.tradeoff import Curve, as_markdown, write_csv
 from pipeline.train import open_run
@@ -129,7 +129,7 @@ def track(
     tags |= {"dual_joint": both.name} if both else {}
     tags |= {EVALUATED: " ".join(tags.values()), "mix": sweep.mix}
     asked = [flatten(config), tags, sweep.alphas, sorted(curves[0].points[0].metrics)]
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     home = root / f"dual {config.name}-{digest(json.dumps(asked, sort_keys=True))[:8]}"
     (home / "plots").mkdir(parents=True, exist_ok=True)
     write_csv(curves, home / "alpha.csv")

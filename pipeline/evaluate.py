@@ -19,7 +19,8 @@ from pipeline.console import Follower
 from pipeline.data.loading import Images, Splits
 from pipeline.examine import Findings, Job, cascaded, examine, main_job, side_jobs
 from pipeline.ledger import Ledger, digest, digest_of_code, digest_of_images
-from pipeline.measures import MEASURES, PACKAGED
+from pipeline.lookup import Source, find, origin, read_source
+from pipeline.measures import MEASURES, PACKAGED, Transfer
 from pipeline.measures.corruptions import corrupted
 from pipeline.measures.probes import CURVE_STEPS
 from pipeline.measures.tiers import TIERS, Tier, measures_of
@@ -27,7 +28,7 @@ from pipeline.portrait import write_report
 from pipeline.seeding import seed_of
 from pipeline.session import best_device
 from pipeline.shards import shards
-from pipeline.tracking import EVALUATED, download, resolve_run
+from pipeline.stores import storage_root
 from pipeline.train import open_run
 
 USAGE = f"""
@@ -44,6 +45,8 @@ killed, is not attacked again.
   checks=true|false          the attacks that only the sanity checks need (default: true, and false
                              with measure=)
   corruptions=true           accuracy under six kinds of corruption too, mean of severities 1 to 5
+  transfer=RUN               attack with images made on another run's model too, such as the dense
+                             twin's: ra_transfer, which counts into ra_worst
   cascade=true               attack only what stands against the attacks before: ra_worst alone
   reuse=false                attack everything anew
   batch=N                    images attacked at a time, and at most lost to a kill (default: 256)
@@ -64,6 +67,7 @@ class Plan:
     Attributes:
         name, tier: The tier, with its measures replaced by those of the command line.
         checks, corruptions, cascade, reuse, batch: As in the usage.
+        transfer: The model of another run, None for none.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Plan:
     cascade: bool = False
     reuse: bool = True
     batch: int = 256
+    transfer: Source | None = None
 
 
 def run(argv: list[str]) -> int:
@@ -81,20 +86,23 @@ def run(argv: list[str]) -> int:
     if not given.names:
         raise ValueError("which run? give an MLflow run id, latest, or a checkpoint folder")
     settings = dict(given.settings)
+    transfer = settings.pop("transfer", None)
     plan = read_plan({key: settings.pop(key) for key in OPTIONS if key in settings})
     allowed = {k: v for k, v in settings.items() if k.startswith(PREFIXES) or k in WHERE}
     if unknown := [key for key in settings if key not in allowed]:
-        known = ", ".join((*OPTIONS, *WHERE, *PREFIXES))
+        known = ", ".join((*OPTIONS, "transfer", *WHERE, *PREFIXES))
         raise ValueError(f"no key {unknown[0]!r}, only {known}*")
     here = {k: v for k, v in allowed.items() if k in WHERE}
     where = override(Config(batch_size=2 * parse("workers", here.get("workers", 1), int)), here)
     with tempfile.TemporaryDirectory() as scratch:
         folder, of = find(given.names[0], where, Path(scratch))
         try:
-            model = checkpoint.load_model(folder)
+            model, trained = checkpoint.load_model(folder), checkpoint.load_config(folder)
+            if transfer is not None:
+                source = read_source(transfer, where, Path(scratch) / "transfer", trained.dataset)
+                plan = replace(plan, transfer=source)
         except checkpoint.CheckpointError as error:
             return fail(str(error), 1)
-        trained = checkpoint.load_config(folder)
         config = override(trained, {"workers": 1, "batch_size": 2 * where.workers, **allowed})
         config = replace(config, name=f"evaluate {trained.name}")
         if plan.tier.steps is not None and "evaluation.steps" not in allowed:
@@ -136,15 +144,6 @@ def read_plan(options: Mapping[str, str]) -> Plan:
     )
 
 
-def find(name: str, where: Config, scratch: Path) -> tuple[Path, dict[str, str]]:
-    """Return the checkpoint folder that a name stands for, and the tags that say what it is."""
-    if Path(name).exists():
-        return Path(name), {EVALUATED: str(Path(name).resolve())}
-    run = resolve_run(where.tracking_uri, name, where.experiment)
-    folder = download(where.tracking_uri, run, "checkpoints/best", scratch, where.experiment)
-    return folder, {EVALUATED: run, "mlflow.parentRunId": run}
-
-
 def evaluate(
     config: Config, model: Network, folder: Path, plan: Plan, of: Mapping[str, str]
 ) -> int:
@@ -155,7 +154,7 @@ def evaluate(
         return fail(str(error), 1)
     weights = checkpoint.sha256(folder / "model.safetensors")
     jobs = plan_jobs(config, splits.test, plan)
-    store = open_ledger(config, weights, splits.test) if plan.reuse else None
+    store = open_ledger(config, origin(config, folder), splits.test) if plan.reuse else None
     follower, began = Follower(), time.monotonic()
     results = shards(config, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
@@ -163,15 +162,19 @@ def evaluate(
     if plan.corruptions:
         metrics = {**found.metrics, **corruption_metrics(model, jobs["main"].images, config.seed)}
         found = replace(found, metrics=metrics)
+    tags = {"tier": plan.name, "weights_sha256": weights, **of}
+    if plan.transfer is not None:
+        text = f"`ra_transfer` takes images made by PGD-{config.evaluation.steps} on the margin of "
+        text += f"another model: run {plan.transfer.run}, network {plan.transfer.origin[:16]}."
+        found = replace(found, notes=(text,))
+        tags |= {"transfer": plan.transfer.run, "transfer_network": plan.transfer.origin}
     took = time.monotonic() - began
     follower.results(
         f"{config.name}, {len(jobs['main'].images)} test images, {took:.0f} s", found.metrics
     )
     follower.efforts({name: verdicts.efforts for name, verdicts in results.items()})
     follower.verdict(found.verdict)
-    track(
-        config, plan, found, splits, follower, {"tier": plan.name, "weights_sha256": weights, **of}
-    )
+    track(config, plan, found, splits, follower, tags)
     return 0
 
 
@@ -179,6 +182,12 @@ def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
     """Choose images and attacks: those of the table under ``main``, and those of the checks."""
     experts = config.backbone.num_experts
     measures = measures_of(plan.tier.measures, config.evaluation, num_experts=experts)
+    if plan.transfer is not None:
+        measures["ra_transfer"] = Transfer(
+            source=plan.transfer.model,
+            attack=config.evaluation.attack(config.evaluation.steps),
+            origin=plan.transfer.origin,
+        )
     if not measures:
         names = ", ".join(measures_of(MEASURES, config.evaluation, num_experts=experts))
         raise ValueError(f"measure must be of {names} for a dense net, got others")
@@ -203,11 +212,10 @@ def corruption_metrics(model: Network, images: Images, seed: int) -> dict[str, f
     return found | {"corruption/mean": sum(means.values()) / len(means)}
 
 
-def open_ledger(config: Config, weights: str, test: Images) -> Ledger:
-    """Find the outcomes of these weights under the run folders."""
-    network = digest(weights, json.dumps(flatten(config.backbone), sort_keys=True))
+def open_ledger(config: Config, network: str, test: Images) -> Ledger:
+    """Find the outcomes of a network under the run folders."""
     place = (str(config.seed), digest_of_images(test), digest_of_code(), best_device().type)
-    home = Path(config.storage).expanduser().resolve() / config.experiment / "outcomes"
+    home = storage_root(config.storage) / config.experiment / "outcomes"
     return Ledger(home, network, digest(*place))
 
 
@@ -222,7 +230,7 @@ def track(
     """Write the report, and a run in MLflow that continues where these settings were before."""
     chosen = [sorted(found.metrics), len(found.job.images), plan.cascade]
     key = json.dumps([flatten(config), dict(tags), chosen], sort_keys=True)
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     home = root / f"{config.name}-{digest(key)[:8]}"
     tracker = open_run(config, home, tags)
     write_report(config, found, home, class_names=splits.class_names, sha256=splits.sha256)

@@ -54,6 +54,7 @@ class Findings:
         curve: (eps, images that stand, images), of the plain attack.
         metrics: What MLflow gets.
         evaluation: The threat as it was.
+        notes: What else a reader must know of the conditions, in sentences.
     """
 
     tier: str
@@ -64,6 +65,7 @@ class Findings:
     metrics: Mapping[str, float]
     evaluation: Evaluation
     extra: Mapping[str, Verdicts] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def main_job(config: Config, test: Images, tier: Tier, measures: Mapping[str, Measure]) -> Job:

@@ -43,8 +43,9 @@ def finish(
     model = checkpoint.load_model(best).to(session.device)
     began = time.monotonic()
 
-    def tell(done: int, of: int) -> None:
-        session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)
+    def tell(done: int, of: int, name: str) -> None:
+        spent = time.monotonic() - began
+        session.tell("judging", what=name, done=done, of=of, seconds=spent)
 
     seed, device = seed_of(config.seed, "test"), session.device
     dense = config.backbone.num_experts == 1
@@ -74,6 +75,7 @@ def finish(
         metrics = {**found.metrics, **costs(config, model)}
         draw(config, folder, replace(found, metrics=metrics), splits, history)
         (folder / "config.json").write_text(json.dumps(flatten(config), indent=2) + "\n")
+        session.kept()
         session.tell("metrics", step=int(meta["update"]), values=metrics)
         for key, text in found.verdict.tags.items():
             session.tell("tag", key=key, value=text)

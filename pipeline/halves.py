@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ from moe.folding import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.algorithms.standard import Standard
-from pipeline.config import Config, flatten, name_of
+from pipeline.config import Config, name_of
 from pipeline.console import Follower
 from pipeline.data.loading import Images
-from pipeline.evaluate import Plan, find, open_ledger, plan_jobs
+from pipeline.evaluate import Plan, open_ledger, plan_jobs
 from pipeline.examine import Findings, examine
 from pipeline.ledger import digest
+from pipeline.lookup import find, origin
 from pipeline.measures import Transfer
 from pipeline.session import best_device
 from pipeline.shards import shards
@@ -56,9 +56,7 @@ def read_half(name: str, where: Config) -> Half:
     with tempfile.TemporaryDirectory() as scratch:
         folder, tags = find(name, where, Path(scratch))
         model, config = checkpoint.load_model(folder), checkpoint.load_config(folder)
-        weights = checkpoint.sha256(folder / "model.safetensors")
-    identity = digest(weights, json.dumps(flatten(config.backbone), sort_keys=True))
-    return Half(tags[EVALUATED], model, config, identity)
+        return Half(tags[EVALUATED], model, config, origin(config, folder))
 
 
 def check_same(config: Config, base: Config) -> None:
@@ -142,6 +140,6 @@ def transfers(model: Dual, config: Config) -> dict[str, Transfer]:
     """Make images on either half alone, judged on the mixture: a half may hide the other's."""
     attack, device = config.evaluation.attack(config.evaluation.steps), best_device()
     return {
-        f"ra_transfer_{name}": Transfer(source=fold(half.to(device)), attack=attack)
+        f"ra_transfer_{name}": Transfer(source=fold(half.to(device)), attack=attack, origin=name)
         for name, half in (("standard", model.standard), ("robust", model.robust))
     }

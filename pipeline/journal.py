@@ -163,11 +163,13 @@ class Courier(threading.Thread):
         super().__init__(name="tracking", daemon=True)
         self.journal, self._deliver, self._report = journal, deliver, report
         self.failures = 0  # in a row
+        self._since = 0.0  # when the first of them began
         self._wake, self._hurry, self._over = (threading.Event() for _ in range(3))
 
     def run(self) -> None:
         while not self._over.is_set():
             self._wake.clear()
+            began = time.monotonic()
             try:
                 if not (rows := self.journal.unsent()):
                     self._wake.wait()
@@ -178,11 +180,17 @@ class Courier(threading.Thread):
                 self.failures = 0
                 self._hurry.wait(0.2 if count else 0)  # lets rows gather into one request
             except Exception as error:  # whatever it is, training goes on
+                self._since = self._since if self.failures else began
                 self.failures += 1
                 self._report(error)
                 pause = min(30.0, 2.0 ** min(self.failures - 1, 5))
                 if self._hurry.wait(pause):
                     self._over.wait(1.0)
+
+    @property
+    def failing(self) -> float:
+        """Seconds since the first of the failures in a row began; 0: there are none."""
+        return time.monotonic() - self._since if self.failures else 0.0
 
     @property
     def over(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.measures import MEASURES
 from pipeline.measures.judging import judge
 from pipeline.optim import build_optimizers, set_rates
 from pipeline.seeding import Noise, generator_at, seed_of
-from pipeline.session import Session
+from pipeline.session import Session, Wish
 from pipeline.stages import advance, begin, moment
 from pipeline.state import NonFiniteError, TrainState, partition_of
 
@@ -34,8 +35,20 @@ COLLAPSED = (
 )
 
 
+Ending = Callable[[Config, Path, Session, Splits, Sequence[Mapping[str, Any]]], dict[str, float]]
+"""What becomes of a model that is trained: ``final.finish``, or ``tryout.tryout``."""
+
+
 class RouterError(RuntimeError):
     """The router gets no gradient."""
+
+
+class RoomError(RuntimeError):
+    """A batch does not fit into memory."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop, and has made a checkpoint."""
 
 
 @dataclass
@@ -55,7 +68,12 @@ class Progress:
         session.tell("metrics", step=step, values=values)
 
 
-def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str, float]:  # noqa: B008
+def fit(
+    config: Config,
+    folder: Path,
+    session: Session = Session(),  # noqa: B008
+    ending: Ending = finish,
+) -> dict[str, float]:
     """Train, select and judge a model; continue where the folder's newest checkpoint ends.
 
     Works without Ray and MLflow. On one CPU worker a run that was interrupted ends with the same
@@ -64,15 +82,19 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
     Args:
         folder: The run folder: receives ``checkpoints/``, ``plots/`` and ``card.md``.
         session: Where this worker runs; the default is alone in one process.
+        ending: Judges the best model; the default does so on the test split.
 
     Returns:
-        The metrics of the test split and the cost, by name.
+        The metrics that ``ending`` finds, by name; by default those of the test split and the cost.
 
     Raises:
         NonFiniteError: A loss, gradient, score or adversarial image is not finite.
         RouterError: The router gets no gradient in the first updates.
+        RoomError: A batch does not fit into memory.
+        CheckpointError: No checkpoint is whole, or one cannot be written.
+        Stopped: The session was asked to stop.
     """
-    if session.world != config.workers:
+    if session.world not in config.worker_counts:
         raise ValueError(f"workers must be {session.world}, as started, got {config.workers}")
     splits = config.dataset.load(config.seed)
     if len(splits.train) < config.batch_size:
@@ -89,12 +111,13 @@ def fit(config: Config, folder: Path, session: Session = Session()) -> dict[str,
         label_smoothing=config.label_smoothing,
         clip_norm=config.clip_norm,
         partition=partition_of(config.algorithm),
+        norm_bound=config.norm_bound,
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
     while progress.epoch < config.epochs:
         train_epoch(config, folder, session, state, splits, progress)
-    return finish(config, folder, session, splits, progress.history)
+    return ending(config, folder, session, splits, progress.history)
 
 
 def resume(config: Config, folder: Path, session: Session, state: TrainState) -> Progress:
@@ -145,8 +168,9 @@ def train_epoch(
         with torch.autocast(
             session.device.type, torch.bfloat16, enabled=config.precision == "bf16"
         ):
-            losses = config.algorithm.step(state, x_BCHW, y_B)
-        update = progress.epoch * steps + step + 1
+            update = progress.epoch * steps + step + 1
+            with roomy(update, len(x_BCHW)):
+                losses = config.algorithm.step(state, x_BCHW, y_B)
         watched = state.check(update)
         check_gate(update, watched)
         state.ema.follow(state.model)
@@ -166,9 +190,13 @@ def train_epoch(
             loss=next((v for name, v in watched.items() if name.startswith("loss")), 0.0),
         )
         progress.step = step + 1
-        if config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps:
+        due = config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps
+        wish = heed(session)
+        if due or wish >= Wish.SAVE:
             progress.sums = averaged(session, sums)
             save(config, folder, session, state, progress, update)
+        if wish is Wish.STOP:
+            raise Stopped(f"stopped after epoch {progress.epoch}, update {progress.step}")
     values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
     if isinstance(config.algorithm, Staged):
@@ -186,9 +214,38 @@ def train_epoch(
         epochs=config.epochs,
         values=values,
         seconds=(took := time.monotonic() - began),
+        ended=time.monotonic(),
         seconds_left=took * (config.epochs - progress.epoch),
     )
     session.report({"epoch": progress.epoch, **values})
+
+
+@contextmanager
+def roomy(update: int, images: int) -> Iterator[None]:
+    """Say what helps when a batch does not fit into memory.
+
+    It is not split for its sake: BatchNorm would see parts of it, and the numbers would be others
+    than on a machine with more memory, without a word.
+
+    Raises:
+        RoomError: Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):  # torch's words on a CPU
+            raise
+        raise RoomError(
+            f"update {update}: out of memory with {images} images on a worker; a smaller "
+            "batch_size, or more workers, which share it, need less"
+        ) from error
+
+
+def heed(session: Session) -> Wish:
+    """Hear what the run was asked for; a node that is about to go asks for a checkpoint."""
+    wish = session.asked()
+    return Wish.SAVE if wish is Wish.LOOK and session.notice() else wish
 
 
 def averaged(session: Session, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -281,26 +338,38 @@ def save(
     update: int,
     best: bool = False,
 ) -> None:
-    """Write a checkpoint on rank 0; keep the newest two and the best."""
+    """Write a checkpoint on rank 0; if that fails, all workers say so."""
+    error = None
     if session.rank == 0:
-        root = folder / "checkpoints"
-        target = root / f"step_{update:08d}"
-        tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
-        tensors |= state.ema.saved(state.model)
-        meta = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "update": update,
-            "best": progress.best,
-            "stage": progress.stage,
-            "history": progress.history,
-            "sums": progress.sums,
-        }
-        checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
-        if best:  # written first: a run killed in between repeats the epoch and finds it again
-            checkpoint.copy(root / "best", target)
-        checkpoint.prune(root, KEEP)
-    session.wait()
+        try:
+            write(config, folder, state, progress, update, best)
+            session.kept()
+        except ValueError as caught:
+            error = caught
+    session.share_fate(error)
 
 
-__all__ = ["NonFiniteError", "RouterError", "fit"]
+def write(
+    config: Config, folder: Path, state: TrainState, progress: Progress, update: int, best: bool
+) -> None:
+    """Write a checkpoint to disk; keep the newest two and the best."""
+    root = folder / "checkpoints"
+    target = root / f"step_{update:08d}"
+    tensors = {"optimizers": {g: o.state_dict() for g, o in state.optimizers.items()}}
+    tensors |= state.ema.saved(state.model)
+    meta = {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "update": update,
+        "best": progress.best,
+        "stage": progress.stage,
+        "history": progress.history,
+        "sums": progress.sums,
+    }
+    checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
+    if best:  # written first: a run killed in between repeats the epoch and finds it again
+        checkpoint.copy(root / "best", target)
+    checkpoint.prune(root, KEEP)
+
+
+__all__ = ["NonFiniteError", "RoomError", "RouterError", "Stopped", "fit"]

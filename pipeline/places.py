@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.bucket import check_uri
 from pipeline.config import Config
 from pipeline.data import OnDisk
+from pipeline.leases import leased
+from pipeline.stores import home_of, set_home_aside, storage_root
 from pipeline.tracking import resolve_uri
 
 POLL = 0.3  # seconds between two tries for a lock
@@ -18,7 +21,7 @@ POLL = 0.3  # seconds between two tries for a lock
 
 def run_folder(config: Config) -> Path:
     """Name the folder of a run: its name and its fingerprint are its identity."""
-    root = Path(config.storage).expanduser().resolve() / config.experiment
+    root = storage_root(config.storage) / config.experiment
     return root / f"{config.name}-{config.fingerprint[:8]}"
 
 
@@ -26,16 +29,17 @@ def check_lasting(config: Config) -> None:
     """Refuse places that a run could not be found in again.
 
     Raises:
-        ValueError: The storage is not a folder; or this is a Ray job, whose working directory is a
-            temporary copy, and the run would be kept, tracked or look for its data below it.
+        ValueError: The storage is no folder and no URI of a kind that we reach; or this is a Ray
+            job, whose working directory is a temporary copy, and the run would be kept, tracked or
+            look for its data below it.
     """
-    if "://" in config.storage:
-        raise ValueError(f"storage must be a folder that all workers see, got {config.storage!r}")
+    if remote := "://" in config.storage:
+        check_uri(config.storage)
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     if not (job.get("runtime_env") or {}).get("working_dir"):
         return
     want = []
-    if not Path(config.storage).expanduser().is_absolute():
+    if not remote and not Path(config.storage).expanduser().is_absolute():
         want.append("storage=/shared/runs")
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri or resolve_uri(uri) != uri.rstrip("/"):
@@ -55,8 +59,21 @@ def owned(folder: Path, say: Callable[[str], None], patience: float = 60.0) -> I
     """Keep other processes out of a folder; tell whether it was free within so many seconds.
 
     A driver that was killed may leave one that still writes its last checkpoint, hence the wait.
-    The lock ends with the process, however it ends.
+    The lock ends with the process, however it ends; where the folder's home is an object store,
+    other machines are kept out as ``leases`` says, and the folder is fetched and kept there.
     """
+    with locked(folder, say, patience) as free:
+        home = home_of(folder)
+        if not free or home is None:
+            yield free
+            return
+        with leased(home, folder, say, patience) as ours:
+            yield ours
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None], patience: float) -> Iterator[bool]:
+    """Keep other processes out of a folder, as far as its disk has locks."""
     import fcntl
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +99,9 @@ def set_aside(folder: Path) -> Path | None:
     """Rename a folder, so that a run can begin anew under its name; None: there was none."""
     if not folder.exists():
         return None
-    return folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    set_home_aside(folder, aside)
+    return folder.rename(aside)
 
 
 def shown(path: Path) -> str:

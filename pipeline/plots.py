@@ -54,16 +54,44 @@ def plot_accuracies(history: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_over_eps(points: Sequence[tuple[float, int, int]], path: Path, *, unit: str) -> None:
-    """Draw accuracy over the attack's radius, with 95% intervals."""
+def plot_over_eps(
+    points: Sequence[tuple[float, int, int]],
+    path: Path,
+    *,
+    unit: str,
+    worst: tuple[float, int, int] | None = None,
+) -> None:
+    """Draw accuracy under plain PGD over the attack's radius, with 95% intervals.
+
+    Args:
+        worst: Radius, images and all images of the worst case over all attacks, which the curve
+            alone would flatter.
+    """
     n = points[0][2]
-    figure, axes = _axes(f"Accuracy over eps ({n} test images)", f"eps ({unit})", "accuracy")
+    title = f"Accuracy over eps ({n:,} test images)"
+    figure, axes = _axes(title, f"eps ({unit})", "accuracy")
     scale = 255.0 if unit == "1/255" else 1.0
     shares = [hits / n for _, hits, n in points]
     bands = [wilson(hits, n) for _, hits, n in points]
     eps = [scale * radius for radius, _, _ in points]
     axes.fill_between(eps, [low for low, _ in bands], [high for _, high in bands], alpha=0.2)
-    axes.plot(eps, shares, marker="o", markersize=4)
+    axes.plot(eps, shares, marker="o", markersize=4, label="PGD on the cross-entropy")
+    if worst is not None:
+        radius, hits, of = worst
+        low, high = wilson(hits, of)
+        share = hits / of
+        axes.errorbar(
+            [scale * radius],
+            [share],
+            [[max(0.0, share - low)], [max(0.0, high - share)]],
+            color="C3",
+            marker="s",
+            markersize=5,
+            capsize=3,
+            linestyle="none",
+            label=f"all attacks together ({of:,} images): {share:.1%}",
+        )
+    axes.legend(frameon=False)
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
     figure.savefig(path, dpi=150)

@@ -26,7 +26,11 @@ def write_report(
     plots.mkdir(parents=True, exist_ok=True)
     unit = "1/255" if found.evaluation.norm == "linf" else "L2"
     if found.curve:
-        plot_over_eps(found.curve, plots / "accuracy_over_eps.png", unit=unit)
+        worst_N = found.main.worst
+        worst = None
+        if worst_N is not None:
+            worst = (found.evaluation.eps, int(worst_N.sum()), len(worst_N))
+        plot_over_eps(found.curve, plots / "accuracy_over_eps.png", unit=unit, worst=worst)
     if rows := waterfall(found.main):
         plot_waterfall(rows, plots / "waterfall.png")
     if config.backbone.num_experts > 1:

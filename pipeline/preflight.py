@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.bucket import Bucket, StoreError
 from pipeline.config import Config
+from pipeline.data.files import Remote
+from pipeline.elastic import ends
+from pipeline.stores import storage_root
 
 PATIENCE = 180.0  # seconds that nodes have to answer; each starts a process for it
 LEAST_FREE = 0.06  # share of a disk: Ray stops making objects when 5% are left
@@ -83,7 +87,7 @@ def capacity() -> dict[str, float]:
 
 def shortage(workers: int, has: Mapping[str, float]) -> str:
     """Say what a run of so many workers lacks; empty: nothing."""
-    if (cpus := has.get("CPU", 0)) < workers:
+    if (cpus := has.get("CPU", 0)) < ends(workers)[0]:
         return f"workers must be at most the cluster's {cpus:.0f} CPUs, got {workers}"
     return ""
 
@@ -108,17 +112,22 @@ def survey(storage: str, *, versions: bool = False) -> list[Node]:
 
     A mark that this process writes tells a shared folder from another one of the same name.
     """
-    folder = Path(storage).expanduser().resolve()
-    mark = f".preflight-{uuid.uuid4().hex}"
+    folder, mark = storage_root(storage), f".preflight-{uuid.uuid4().hex}"
+    bucket = Bucket(Remote(storage.rstrip("/"))) if "://" in storage else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / mark).touch()
-    except OSError as error:
-        return [Node("here", storage=f"cannot be written: {error.strerror}", disk=full(folder))]
+        if bucket:
+            bucket.write(mark, b"0")
+    except (OSError, StoreError) as error:
+        reason = f"cannot be written: {error.strerror}" if isinstance(error, OSError) else error
+        return [Node("here", storage=str(reason), disk=full(folder))]
     try:
-        return everywhere(lambda: look(str(folder), mark, versions))
+        return everywhere(lambda: look(str(folder), mark, versions, bucket))
     finally:
         (folder / mark).unlink(missing_ok=True)
+        if bucket:
+            bucket.delete(mark)
 
 
 def everywhere(task: Callable[[], Node]) -> list[Node]:
@@ -148,13 +157,13 @@ def everywhere(task: Callable[[], Node]) -> list[Node]:
     return found
 
 
-def look(folder: str, mark: str, versions: bool) -> Node:
+def look(folder: str, mark: str, versions: bool, bucket: Bucket | None = None) -> Node:
     """Look around on the node where this runs."""
     import ray
 
     return Node(
         host=ray.util.get_node_ip_address(),
-        storage=usable(Path(folder), mark),
+        storage=reachable(bucket, mark) if bucket else usable(Path(folder), mark),
         disk=" and ".join(filter(None, map(full, disks(Path(folder))))),
         python=interpreter() if versions else "",
     )
@@ -170,6 +179,19 @@ def usable(folder: Path, mark: str) -> str:
         own.unlink()
     except OSError as error:
         return f"cannot be written: {error.strerror}"
+    return ""
+
+
+def reachable(bucket: Bucket, mark: str) -> str:
+    """Say why the object store cannot be used from here; empty: it can."""
+    own = f"{mark}-{platform.node()}-{os.getpid()}"
+    try:
+        if bucket.read(mark) is None:
+            return "does not see what the driver wrote there"
+        bucket.write(own, b"0")
+        bucket.delete(own)
+    except StoreError as error:
+        return str(error)
     return ""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from enum import IntEnum
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,15 @@ Event = Mapping[str, Any]
 T = TypeVar("T")
 
 
+class Wish(IntEnum):
+    """What the first worker was asked for since the last update."""
+
+    NONE = 0
+    LOOK = 1  # whether a node is about to be taken away: all workers must look at once
+    SAVE = 2  # a checkpoint now
+    STOP = 3  # a checkpoint now, and the end
+
+
 def lasting(error: Exception) -> bool:
     """Whether an error would come again: wrong data do, a lost process does not."""
     return isinstance(error, ValueError)
@@ -23,6 +33,20 @@ def lasting(error: Exception) -> bool:
 
 def ignore(_: Event) -> None:
     """Take an event and do nothing."""
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def undisturbed() -> Wish:
+    """Be asked for nothing."""
+    return Wish.NONE
+
+
+def unnoticed() -> bool:
+    """Know of no node that is about to be taken away."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,9 @@ class Session:
         device: Where it computes.
         emit: Takes events of rank 0 (metrics, progress, warnings) to whoever follows the run.
         report: Called by every worker after each epoch with the same metrics.
+        kept: Called by rank 0 after each checkpoint, and when the last files are written.
+        wish: What was asked of this worker; that of rank 0 counts.
+        notice: Whether a node is about to be taken away; all workers ask at once.
     """
 
     rank: int = 0
@@ -41,6 +68,9 @@ class Session:
     device: torch.device = torch.device("cpu")
     emit: Callable[[Event], None] = ignore
     report: Callable[[Mapping[str, float]], None] = ignore
+    kept: Callable[[], None] = nothing
+    wish: Callable[[], Wish] = undisturbed
+    notice: Callable[[], bool] = unnoticed
 
     @property
     def average(self) -> Callable[[Tensor], None]:
@@ -85,15 +115,37 @@ class Session:
             dist.all_reduce(trouble)
             ended, failed = (int(count) for count in trouble.tolist())
             if failed or 0 < ended < self.world:
-                told: list[tuple[bool, str] | None] = [None] * self.world
-                dist.all_gather_object(told, (lasting(error), str(error)) if error else None)
-                default = True, f"{ended} of {self.world} workers had no batch"
-                same, reason = next(filter(None, told), default)
-                raise error or (ValueError if same else RuntimeError)(reason)
+                self._raise(error, f"{ended} of {self.world} workers had no batch")
             if ended:
                 return
             assert item is not None
             yield item
+
+    def share_fate(self, error: Exception | None) -> None:
+        """Raise on every worker what one of them met, so that none waits for it in vain."""
+        if self.world == 1:
+            if error:
+                raise error
+            return
+        trouble = torch.tensor(float(error is not None), device=self.device)
+        dist.all_reduce(trouble)
+        if trouble.item():
+            self._raise(error, "a worker failed")
+
+    def _raise(self, error: Exception | None, default: str) -> NoReturn:
+        told: list[tuple[bool, str] | None] = [None] * self.world
+        dist.all_gather_object(told, (lasting(error), str(error)) if error else None)
+        same, reason = next(filter(None, told), (True, default))
+        raise error or (ValueError if same else RuntimeError)(reason)
+
+    def asked(self) -> Wish:
+        """Hear what rank 0 was asked for; the same on every worker."""
+        wish = self.wish() if self.rank == 0 else Wish.NONE
+        if self.world == 1:
+            return wish
+        heard = torch.tensor(int(wish), device=self.device)
+        dist.broadcast(heard, 0)
+        return Wish(int(heard))
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event, on rank 0."""

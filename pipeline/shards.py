@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pipeline.config import Config
 from pipeline.console import Follower
 from pipeline.examine import Job
 from pipeline.ledger import Ledger
-from pipeline.measures.judging import Verdicts, join, judge
+from pipeline.measures.judging import Effort, Verdicts, join, judge
 from pipeline.seeding import seed_of
 from pipeline.session import best_device
 from pipeline.train import delivering, ray_cluster
@@ -38,10 +39,15 @@ def shards(
         for name, job in work.items():
             began = time.monotonic()
 
-            def tell(done: int, of: int, what: str = name, began: float = began) -> None:
+            def tell(done: int, of: int, on: str, job: str = name, began: float = began) -> None:
+                what = on if job == "main" else f"checks: {on}"
                 spent = time.monotonic() - began
                 if rank == 0:
                     say({"kind": "judging", "what": what, "done": done, "of": of, "seconds": spent})
+
+            def ended(on: str, effort: Effort, job: str = name) -> None:
+                if rank == 0 and job == "main":
+                    say({"kind": "judged", "name": on, "world": world, **asdict(effort)})
 
             found[name] = judge(
                 net,
@@ -52,6 +58,7 @@ def shards(
                 rank=rank,
                 world=world,
                 tell=tell,
+                ended=ended,
                 ids_N=job.ids_N,
                 store=store,
                 cascade=job.cascade,
@@ -65,14 +72,14 @@ def shards(
         return done
     import ray
 
-    from pipeline.worker import Mailbox
+    from pipeline.worker import open_mailbox
 
     def shard(rank: int, net: Network, work: Mapping[str, Job], mailbox: Any) -> Any:
         torch.set_num_threads(1)
         return share(rank, net, work, mailbox.put.remote)
 
     with ray_cluster(config):
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        mailbox = open_mailbox()
         task = ray.remote(num_cpus=1)(shard)
         net, work = ray.put(model), ray.put(dict(jobs))
         with delivering(mailbox, follower.handle):

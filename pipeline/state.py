@@ -22,6 +22,7 @@ from pipeline.attacks.pgd import UNSEEDED, Draw
 from pipeline.awp import Stack, perturbed, stacks, still_statistics
 from pipeline.ema import WeightAverage
 from pipeline.losses import cross_entropy_per_image
+from pipeline.norms import bound_norms
 
 GROUPS = ("experts", "router")
 
@@ -88,6 +89,7 @@ class TrainState:
         ema: The average of the weights over the updates, where one is kept.
         label_smoothing: Part of a label that ``cross_entropy`` spreads over all classes.
         clip_norm: Largest norm of a group's gradient; 0: any.
+        norm_bound: Largest L-inf operator norm of a layer after an update; 0: any.
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
         partition: Which parameters are in which group.
     """
@@ -100,6 +102,7 @@ class TrainState:
     ema: WeightAverage = field(default_factory=WeightAverage)
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float = 0.0
     awp_gamma: float = 0.0
     partition: Partition = COMPONENTS
 
@@ -163,8 +166,12 @@ class TrainState:
         return x_adv
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Keep a scalar to be checked, and reported, at the end of the update."""
-        self.watched[name] = value.detach().float()
+        """Keep a scalar to be checked, and reported, at the end of the update.
+
+        The first of a name keeps its place: what is checked first is what went wrong first.
+        """
+        again = ", again" if name in self.watched else ""
+        self.watched[name + again] = value.detach().float()
 
     def cross_entropy(self, logits_BK: Tensor, y_B: Tensor) -> Tensor:
         """Mean cross-entropy with smoothed labels, which are classes (B,) or shares (B, K)."""
@@ -235,6 +242,8 @@ class TrainState:
             if self.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
             self.optimizers[group].step()
+            if self.norm_bound:
+                bound_norms(own, self.norm_bound)
 
     def _share(self, tensors: list[Tensor]) -> None:
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]

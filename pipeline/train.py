@@ -9,22 +9,24 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import ENVIRONMENT, fail, main, read_arguments
+from pipeline.bucket import StoreError
+from pipeline.command import ENVIRONMENT, PREEMPTED, fail, main, read_arguments
 from pipeline.config import Config, flatten, override
 from pipeline.console import Follower
+from pipeline.crew import Crew, cause, crowded_out, listening
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
-from pipeline.preflight import capacity, preflight
+from pipeline.preflight import preflight
 from pipeline.presets import PRESETS, headline, label
-from pipeline.tracking import Tracker, send_rest
+from pipeline.stores import restore
+from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 
 USAGE = """
-usage: python -m pipeline.train [PRESET] [key=value ...] [--fresh] [--list] [--help]
+usage: python -m pipeline.train [PRESET] [key=value ...] [--fresh] [--strict-tracking] [--list]
 
 Train, select and judge one model on Ray Train, and track it in MLflow. Without a preset:
 quickstart. The same command continues a run that did not finish.
@@ -32,22 +34,27 @@ quickstart. The same command continues a run that did not finish.
   key=value  a dotted setting: epochs=3 algorithm.beta=3 algorithm.attack.eps=4/255
   --fresh    begin anew; what an earlier run of these settings left is kept under another name
   --list     the presets
+  --strict-tracking  end with an error when MLflow is away for longer than ROBUST_MOE_TRACKING_WAIT
+             seconds (default 20); without it training goes on, and MLflow gets everything later
 
 Settings and their defaults: python -m pipeline.train --list PRESET
 """
+FLAGS = ("--fresh", "--strict-tracking", "--list")
 POLL = 0.3  # seconds between two looks into the mailbox
+CONTINUES = "the same command continues from the last checkpoint"
 
 
 def run(argv: list[str]) -> int:
     """Read the command line, then train; returns the exit code."""
-    given = read_arguments(argv, usage=USAGE, flags=("--fresh", "--list"))
+    given = read_arguments(argv, usage=USAGE, flags=FLAGS)
     if "--list" in given.flags:
         return show_presets(given.names)
     name = given.names[0] if given.names else "quickstart"
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
     config = override(PRESETS[name](), given.settings)
-    return train(config, fresh="--fresh" in given.flags)
+    strict = "--strict-tracking" in given.flags
+    return train(config, fresh="--fresh" in given.flags, strict=strict)
 
 
 def show_presets(names: tuple[str, ...]) -> int:
@@ -68,11 +75,13 @@ def train(
     fresh: bool = False,
     follower: Follower | None = None,
     tags: Mapping[str, str] | None = None,
+    strict: bool = False,
 ) -> int:
     """Train a config to its end, or continue it; returns the exit code.
 
     Args:
         tags: Of the MLflow run, beside those that every run has.
+        strict: Whether an outage of MLflow ends the run with an error.
 
     Raises:
         ValueError: The config cannot be kept or tracked where it wants to be.
@@ -82,16 +91,27 @@ def train(
     with owned(folder, follower.say) as free:
         if not free:
             return fail(f"another process is at {config.name} in {shown(folder)}", 1)
-        return train_alone(config, fresh, follower, tags or {})
+        try:
+            return train_alone(config, fresh, follower, tags or {}, strict)
+        except OutageError as error:
+            return fail(str(error), 1)
 
 
-def train_alone(config: Config, fresh: bool, follower: Follower, tags: Mapping[str, str]) -> int:
-    """Train in a run folder that nobody else uses; returns the exit code."""
+def train_alone(
+    config: Config, fresh: bool, follower: Follower, tags: Mapping[str, str], strict: bool
+) -> int:
+    """Train in a run folder that nobody else uses; returns the exit code.
+
+    Raises:
+        OutageError: MLflow is away, and the run is strict.
+    """
     folder = run_folder(config)
     if fresh and (old := set_aside(folder)):
         follower.say(f"the earlier run is kept in {shown(old)}")
     if (result := folder / "result.json").is_file():
-        send_rest(folder, config.tracking_uri)
+        sent = send_rest(folder, config.tracking_uri)
+        if strict and not sent:
+            return fail(f"MLflow lacks the end of {config.name}; the same command sends it", 1)
         return show_finished(config, follower, json.loads(result.read_text()))
     try:
         splits = config.dataset.load(config.seed)  # bad data ends the run before Ray starts
@@ -107,10 +127,12 @@ def train_alone(config: Config, fresh: bool, follower: Follower, tags: Mapping[s
         "dataset_sha256": splits.sha256,
         "run_folder": str(folder),
     }
-    return follow(config, folder, open_run(config, folder, {**own, **tags}), follower)
+    return follow(config, folder, open_run(config, folder, {**own, **tags}, strict), follower)
 
 
-def open_run(config: Config, folder: Path, tags: Mapping[str, str]) -> Tracker:
+def open_run(
+    config: Config, folder: Path, tags: Mapping[str, str], strict: bool = False
+) -> Tracker:
     """Begin or continue the MLflow run of a folder, with the config as its parameters."""
     return Tracker.open(
         folder,
@@ -119,6 +141,7 @@ def open_run(config: Config, folder: Path, tags: Mapping[str, str]) -> Tracker:
         name=config.name,
         params={key: str(value) for key, value in flatten(config).items()},
         tags={"commit": commit(), **tags},
+        strict=strict,
     )
 
 
@@ -127,7 +150,7 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
     ending: dict[str, Any] = {}
     status = "failed"
     try:
-        with stoppable():
+        with stoppable(), strictly(tracker):
             ending = fit_on_ray(config, folder, tracker, follower)
         if "metrics" in ending:
             log_model(config, folder, tracker)
@@ -135,16 +158,22 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
             status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
-        ending = {"text": "stopped; the same command continues from the last checkpoint"}
+        ending = {"text": f"stopped; {CONTINUES}"}
     except Exception as error:
-        ending = {"text": root_cause(error)}
+        ending = {"text": cause(error)}
+        if crowded_out(error):
+            status = "preempted"
+            ending = {"text": f"no room for workers={config.workers} is left; {CONTINUES}"}
     finally:
         follower.close()
         sent = tracker.close(status)
     if not sent:
         follower.say("warning: MLflow does not have everything yet; the same command sends it")
     if status != "finished":
-        return fail(ending.get("text", "the workers ended without a result"), 1)
+        text = ending.get("text", "the workers ended without a result")
+        return fail(text, PREEMPTED if status == "preempted" else 1)
+    if tracker.strict and not sent:
+        return fail(str(tracker.outage()), 1)
     follower.results(config.name, ending["metrics"])
     follower.say(f"run {tracker.run_id}; run folder {shown(folder)}")
     follower.say(f"see it with: {tracker.ui_hint()}")
@@ -155,52 +184,47 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipeline.worker import Mailbox, work
+    from pipeline.worker import open_mailbox
 
     ending: dict[str, Any] = {}
 
     def handle(event: Mapping[str, Any]) -> None:
-        if event["kind"] in ("finished", "failed"):
+        if event["kind"] in ("finished", "failed", "stopped"):
             ending.update(event)
+        if event["kind"] == "artifacts":  # which a worker of another node may have written
+            try:
+                restore(folder, "training")
+            except StoreError as error:
+                follower.say(f"warning: {error}")
+        if event["kind"] == "judging":
+            ending["judging"] = True
+        if event["kind"] == "progress":
+            ending["updates"] = ending.get("updates", 0) + 1
         tracker.handle(event)
         follower.handle(event)
 
-    with ray_cluster(config):
-        gpus = capacity().get("GPU", 0) >= config.workers
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={
-                "config": flatten(config),
-                "folder": str(folder),
-                "mailbox": mailbox,
-            },
-            scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-            run_config=RunConfig(
-                # a name of its own each time: our checkpoints decide where the run goes on
-                name=f"{folder.name}-{int(time.time())}",
-                storage_path=str(folder / "ray"),
-                failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
+    with ray_cluster(config), listening(follower.say) as stop:
+        mailbox = open_mailbox()
         with delivering(mailbox, handle):
-            trainer.fit()
+            Crew(config, folder, mailbox, stop, ending, handle).work()
     return ending
 
 
 @contextmanager
-def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> Iterator[None]:
+def ray_cluster(
+    config: Config, check: Callable[[Config], None] = preflight, *, dashboard: bool = False
+) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS``, or start a Ray of our own that ends with the block.
+
+    Args:
+        dashboard: Whether a Ray of our own has one. Train frees the workers of a run that was
+            stopped from outside through it.
 
     Raises:
         ValueError: The run cannot work there, says ``check``.
     """
     import ray
+    from ray._private import worker
 
     keys = [k for k in ENVIRONMENT if k.startswith("RAY_TRAIN")]
     passed = {k: os.environ[k] for k in keys if k in os.environ}
@@ -216,8 +240,9 @@ def ray_cluster(config: Config, check: Callable[[Config], None] = preflight) -> 
         runtime_env={"env_vars": passed},
         log_to_driver=False,
         logging_level="ERROR",
-        **({"include_dashboard": False} if address == "local" else {}),
+        **({"include_dashboard": dashboard} if address == "local" else {}),
     )
+    worker._worker_logs_enabled = False  # a lost node's dump, which log_to_driver lets through
     try:
         check(config)
         yield
@@ -308,17 +333,6 @@ def show_finished(config: Config, follower: Follower, result: Mapping[str, Any])
     follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
     follower.say(f"see it with: {result['ui']}")
     return 0
-
-
-def root_cause(error: BaseException) -> str:
-    """Say in one line why Ray Train gave up."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
-        error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
 
 
 def commit() -> str:

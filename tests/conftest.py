@@ -12,7 +12,7 @@ from moe.network import Network
 
 torch.set_num_threads(1)
 
-LAYERED = [name for name in BACKBONES if name not in ("vit", "mixture", "dual")]
+LAYERED = [name for name in BACKBONES if name not in ("vit", "mixture", "dual", "lipschitz")]
 """Backbones whose layers are mixtures."""
 
 Build = Callable[..., Network]

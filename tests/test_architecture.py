@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import from the rooms of the lines above it, and from its own line.
 ORDER = (
-    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff"),
+    ("seeding", "losses", "attacks", "awp", "ema", "tradeoff", "norms"),
     ("state",),
     ("data", "session"),
     ("algorithms",),
-    ("measures",),
+    ("measures", "elastic"),
     ("config",),
     ("cells",),
     (
@@ -32,18 +32,25 @@ ORDER = (
         "ledger",
         "reach",
     ),
-    ("tracking", "console", "places", "examine", "card", "portrait"),
-    ("final",),
+    ("bucket", "stores", "leases"),
+    ("tracking", "console", "places", "examine", "card", "portrait", "certificates"),
+    ("lookup",),
+    ("final", "tryout"),
     ("loop", "masked"),
     ("worker", "preflight"),
+    ("crew",),
     ("train", "data_tool", "report"),
-    ("shards",),
+    ("shards", "sweep"),
     ("evaluate", "halves", "dual", "tune", "grid", "export", "bench", "doctor", "submit"),
+    ("certify",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {
-    "ray": {"worker", "train", "shards", "tune", "grid", "data.streaming", "preflight", "doctor"},
-    "mlflow": {"tracking", "report"},
+    "ray": {
+        *("worker", "crew", "train", "shards", "tune", "grid"),
+        *("data.streaming", "preflight", "doctor"),
+    },
+    "mlflow": {"tracking", "report", "sweep"},
 }
 OURS = {"moe", "pipeline", "tune_spaces", "cluster", "tests"}
 HEAVY = (

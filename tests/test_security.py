@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import train
 from pipeline.config import Config, override
+from pipeline.data.files import DamagedDataError
+from pipeline.data.parquet import Layout, load_parquet
 from pipeline.data.pictures import open_picture
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +98,22 @@ def test_picture_of_50000_by_50000_is_refused_before_it_is_decoded() -> None:
     finally:
         tracemalloc.stop()
     assert open_picture(bomb(100)).size == (100, 100), "the maker makes real pictures"
+
+
+def test_picture_bomb_in_a_data_set_ends_with_its_row_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUST_MOE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pictures = [bomb(32), bomb(50_000)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    column = pa.array([{"bytes": each, "path": "x.png"} for each in pictures], kind)
+    table = pa.table({"img": column, "label": pa.array([0, 1])})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    with pytest.raises(DamagedDataError, match=r"row 1: image .*pixels"):
+        load_parquet(folder, ["train"], Layout("label", num_classes=2, size=32))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 @pytest.mark.parametrize("key", ["name", "experiment"])

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe.backbones.densenet import DenseNet
 from moe.backbones.dual import DualNetworks
+from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.protocols import Backbone as Backbone
 from moe.backbones.protocols import RouterScope as RouterScope
@@ -23,6 +24,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "vit": ViT,
     "mixture": NetworkMixture,
     "dual": DualNetworks,
+    "lipschitz": Lipschitz,
 }
 
 

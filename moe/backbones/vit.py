@@ -152,7 +152,7 @@ def _resampled(position_1TD: Tensor, grid: int) -> Tensor:
         raise ValueError(
             f"pos_embed must hold the class token and a square grid, got {position_1TD.shape[1]}"
         )
-    old_1DHW = position_1TD[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
+    old_1DHW = position_1TD[:, 1:].transpose(1, 2).reshape(1, -1, side, side).float()
     new_1DHW = F.interpolate(old_1DHW, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([position_1TD[:, :1].float(), new_1DHW.flatten(2).transpose(1, 2)], 1)
 

@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.algorithms.adv_moe import AdvMoE
+from pipeline.algorithms.gaussian import Gaussian
 from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.pgd_training import PGDTraining
@@ -36,4 +37,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "sparse": Sparse,
     "rt_er": RTER,
     "jtdmoe": JTDMoE,
+    "gaussian": Gaussian,
 }

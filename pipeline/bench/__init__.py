@@ -6,7 +6,9 @@ turn in one process, so that a busy machine slows all of them: read the ratios, 
 
 from collections.abc import Callable
 
+from pipeline.bench.autoattack import autoattack
 from pipeline.bench.inference import inference
+from pipeline.bench.pipeline import pipeline
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
 from pipeline.bench.step import step
@@ -16,4 +18,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,
     "step": step,
     "mixture": mixture,
+    "autoattack": autoattack,
+    "pipeline": pipeline,
 }
+LONG = ("autoattack", "pipeline")  # run by their name alone

@@ -14,10 +14,19 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Variant(NamedTuple):
-    """One way to do the work: what is timed, and what is done before and not timed."""
+    """One way to do the work.
+
+    Attributes:
+        work: What is timed.
+        before: What is done before, and not timed.
+        trial: What warms up and is counted, where the work is too long for that; None: the work.
+        timed: The work, where it takes times of its own: seconds of each repetition in it.
+    """
 
     work: Callable[[], object]
     before: Callable[[], object] = lambda: None
+    trial: Callable[[], object] | None = None
+    timed: Callable[[], list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,14 @@ class Benchmark:
         variants: By name.
         notes: Called after all rounds; lines that say whether the variants agree.
         turns: How often each variant has its turn in a round; more where a call is short.
+        compare: Called with the outcome after all rounds; lines that say what follows.
     """
 
     title: str
     variants: Mapping[str, Variant]
     notes: Callable[[], list[str]]
     turns: int = 1
+    compare: Callable[[Outcome], list[str]] = lambda _: []
 
 
 @dataclass(frozen=True)
@@ -69,13 +80,14 @@ def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> Ou
     for name, variant in benchmark.variants.items():
         variant.before()
         with _Counter() as counter:
-            variant.work()
+            (variant.trial or variant.work)()
         outcome.gmac[name] = counter.flops / 2e9
     for done in range(rounds):
         tell(f"round {done + 1} of {rounds}")
         for name, variant in [*benchmark.variants.items()] * benchmark.turns:
             variant.before()
-            outcome.seconds[name].append(seconds(variant.work))
+            took = variant.timed() if variant.timed else [seconds(variant.work)]
+            outcome.seconds[name] += took
     return outcome
 
 

@@ -27,6 +27,8 @@ class Settings:
             the full width.
         router_loss, attack_steps: Of the AdvMoE update.
         batch, image_size: Images a call, and their side in pixels.
+        attacked: Images of ``autoattack``.
+        updates, epochs: Of a run of ``pipeline``, the first epoch not counted.
         rounds: In which each variant of ``step`` has one turn, and of ``inference`` three.
         threads: CPU threads; as many as torch takes by itself unless said.
         device: Where the networks run.
@@ -43,6 +45,9 @@ class Settings:
     attack_steps: int = 2
     batch: int = 128
     image_size: int = 32
+    attacked: int = 8
+    updates: int = 4
+    epochs: int = 4
     rounds: int = 3
     threads: int = field(default_factory=torch.get_num_threads)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -50,8 +55,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ValueError(f"no backbone {self.backbone!r}, only {', '.join(BACKBONES)}")
-        lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0}
-        for key in ("num_experts", "batch", "image_size", "attack_steps", "rounds", "threads"):
+        lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0, "epochs": 2}
+        lowest["attacked"] = 2
+        whole = (*lowest, "updates", "rounds", "threads")
+        for key in whole:
             if (value := getattr(self, key)) < (least := lowest.get(key, 1)):
                 raise ValueError(f"{key} must be at least {least}, got {value}")
         if self.device == "cuda" and not torch.cuda.is_available():

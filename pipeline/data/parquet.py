@@ -29,6 +29,7 @@ from pipeline.data.files import (
     size_of,
 )
 from pipeline.data.loading import Images
+from pipeline.data.pages import check_pages, check_sums
 from pipeline.data.pictures import one_line, open_picture, to_rgb
 
 IMAGE_COLUMNS = ("img", "image")
@@ -106,7 +107,10 @@ def open_parquet(file: Place) -> Iterator[Any]:
         if not size_of(file):
             raise DamagedDataError(f"{file} is empty: 0 bytes")
         source = file.open() if isinstance(file, Remote) else file
+        if not isinstance(file, Remote):  # a store would be asked once a page
+            check_pages(file)
         with pq.ParquetFile(source, page_checksum_verification=True) as opened:
+            check_sums(file, opened.metadata, size_of(file))
             if not opened.metadata.num_rows:
                 raise DamagedDataError(f"{file} is empty: 0 rows")
             yield opened

@@ -10,16 +10,19 @@ from dataclasses import replace
 from rich.console import Console
 
 from pipeline.cells import costs
-from pipeline.command import fail, main, read_arguments
+from pipeline.command import PREEMPTED, fail, main, read_arguments
 from pipeline.console import aligned
 from pipeline.grid.book import Book, shares
 from pipeline.grid.driver import drive
 from pipeline.grid.request import Request, read_request
 from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.preflight import capacity
+from pipeline.stores import restore
+from pipeline.tracking import OutageError
 from pipeline.train import ray_cluster, stoppable
 
 USAGE = """
-usage: python -m pipeline.grid [key=value ...] [--dry-run] [--fresh] [--help]
+usage: python -m pipeline.grid [key=value ...] [--dry-run] [--fresh] [--strict-tracking]
 
 Train every cell of a grid as a run of its own, as many at a time as there is room for, below one
 parent run in MLflow. Without keys: AdvMoE on the paper's backbones and datasets. The same command
@@ -34,12 +37,14 @@ again trains what is not finished, goes on where a cell stopped, and tries again
   key=value                  any other setting, as in pipeline.train, for the cells that have it
   --dry-run  print the cells and what they cost, start nothing
   --fresh    begin all cells anew; what earlier ones left is kept under other names
+  --strict-tracking  end with an error where MLflow is away for long, as in pipeline.train
 """
+FLAGS = ("--dry-run", "--fresh", "--strict-tracking")
 
 
 def run(argv: list[str]) -> int:
     """Read the command line, run the cells; returns the exit code."""
-    given = read_arguments(argv, usage=USAGE, flags=("--dry-run", "--fresh"), most_names=0)
+    given = read_arguments(argv, usage=USAGE, flags=FLAGS, most_names=0)
     request = read_request(given.settings)
     console = Console(highlight=False, soft_wrap=True)
 
@@ -56,7 +61,10 @@ def run(argv: list[str]) -> int:
             return fail(f"another process runs this grid in {shown(request.folder)}", 1)
         if "--fresh" in given.flags:
             begin_anew(request, say)
-        return carry_out(request, console)
+        try:
+            return carry_out(request, console, strict="--strict-tracking" in given.flags)
+        except OutageError as error:
+            return fail(str(error), 1)
 
 
 def begin_anew(request: Request, say: Callable[[str], None]) -> None:
@@ -69,13 +77,19 @@ def begin_anew(request: Request, say: Callable[[str], None]) -> None:
     set_aside(request.folder)
 
 
-def carry_out(request: Request, console: Console) -> int:
-    """Run the cells that are not finished, and say how all of them ended; returns the exit code."""
+def carry_out(request: Request, console: Console, *, strict: bool) -> int:
+    """Run the cells that are not finished, and say how all of them ended; returns the exit code.
+
+    Raises:
+        OutageError: MLflow is away at the start or at the end, and the grid is strict.
+    """
 
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    book = Book(request)
+    for config in request.configs:
+        restore(run_folder(config), "tracking")  # what other machines finished
+    book = Book(request, strict=strict)
     status = "failed"
     try:
         with stoppable():
@@ -86,11 +100,15 @@ def carry_out(request: Request, console: Console) -> int:
                 run_cells(book, waiting, say)
         if all(entry.status == "finished" for entry in book.entries):
             status = "finished"
+        elif not any(entry.status == "failed" for entry in book.entries):
+            status = "preempted"  # cells that were stopped one by one
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
     finally:
         sent = book.close(status)
     say(outcome(book))
+    if strict and not sent:
+        raise book.tracker.outage()
     if not sent:
         say("warning: MLflow does not have everything yet; the same command sends it")
     first = request.configs[0]
@@ -107,7 +125,8 @@ def conclude(book: Book, status: str) -> int:
         print(f"failed: {entry.key}: {entry.reason}", file=sys.stderr)
     left = sum(entry.status != "finished" for entry in book.entries)
     if status == "preempted":
-        return fail(f"stopped; {left} cell(s) left, which the same command continues", 1)
+        text = f"stopped; {left} cell(s) left, which the same command continues"
+        return fail(text, PREEMPTED)
     if failed:
         return fail(
             f"{len(failed)} of {len(book.entries)} cells failed; logs in "
@@ -122,15 +141,19 @@ def run_cells(book: Book, waiting: list[int], say: Callable[[str], None]) -> Non
     import ray
 
     configs = [book.request.configs[place] for place in waiting]
-    workers = max(config.workers for config in configs)
+    workers = max(int(config.workers) for config in configs)
     with ray_cluster(configs[0]):
-        there = ray.cluster_resources()
+        there = capacity()
         gpus = there.get("GPU", 0)
         unit = "GPU" if gpus >= workers else "CPU"  # as pipeline.train chooses
         slots = max(1, min(int(there[unit] // workers), book.request.at_once or len(waiting)))
         say(f"{len(waiting)} to run, {slots} at a time on {there[unit]:.0f} {unit}s")
         address = os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
-        drive(book, waiting, slots, address=address, say=say)
+
+        def room() -> int:
+            return int(capacity().get(unit, 0) // workers)
+
+        drive(book, waiting, slots, address=address, say=say, room=room)
 
 
 def outcome(book: Book) -> str:

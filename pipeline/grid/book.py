@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.command import PREEMPTED
 from pipeline.config import Config
 from pipeline.grid.request import Request
 from pipeline.journal import replace_file
@@ -46,7 +48,7 @@ class Book:
     did not write down before it died is read there again.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, *, strict: bool = False):
         self.request, self.folder = request, request.folder
         self.entries = [
             Entry(config.name, config.seed, config.fingerprint, str(run_folder(config)))
@@ -60,7 +62,9 @@ class Book:
             name=self.folder.name,
             params={"cells": str(len(self.entries))},
             tags={"commit": commit(), GRID: "parent", "run_folder": str(self.folder)},
+            strict=strict,
         )
+        self._patience = self.tracker.patience  # for what finished cells left, all of them together
 
     def unfinished(self) -> list[int]:
         """Record the cells that are finished already; return the positions of the others."""
@@ -98,6 +102,9 @@ class Book:
         if code == 0 and (result := result_of(config)) is not None:
             self._adopt(config)
             return self.write(place, "finished", seconds=seconds, result=result)
+        if code == PREEMPTED:  # by itself, with a checkpoint
+            end_abandoned(run_folder(config), config.tracking_uri, "preempted")
+            return self.write(place, "preempted", reason=reason)
         if code < 0:
             name = signal.Signals(-code).name
             reason = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
@@ -125,7 +132,10 @@ class Book:
     def _adopt(self, config: Config) -> None:
         """Make a run a child of this grid, unless it is one of another; send what it still has."""
         parent = self.tracker.run_id
-        send_rest(run_folder(config), config.tracking_uri, tags={PARENT: parent} if parent else {})
+        began = time.monotonic()
+        tags, wait = {PARENT: parent} if parent else {}, max(1.0, self._patience)
+        if not send_rest(run_folder(config), config.tracking_uri, tags=tags, timeout=wait):
+            self._patience -= time.monotonic() - began
 
 
 def result_of(config: Config) -> dict[str, Any] | None:

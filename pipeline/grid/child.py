@@ -1,6 +1,7 @@
 """One cell in a process of its own: ``python -m pipeline.grid.child``, for ``driver`` alone.
 
-The first line of standard input is the request, as JSON: ``config`` (flat) and ``tags``.
+The first line of standard input is the request, as JSON: ``config`` (flat), ``tags``,
+``strict``.
 The rest of it never comes: its end means that the grid is gone.
 """
 
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 
-from pipeline.command import fail, main
+from pipeline.command import PREEMPTED, fail, main
 from pipeline.config import read
 from pipeline.train import stoppable, train
 
@@ -23,9 +24,11 @@ def run(_: list[str]) -> int:
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
         with stoppable():
-            return train(read(request["config"]), tags=request["tags"])
+            return train(
+                read(request["config"]), tags=request["tags"], strict=request.get("strict", False)
+            )
     except (KeyboardInterrupt, SystemExit):
-        return fail("stopped; the same command continues", 1)
+        return fail("stopped; the same command continues", PREEMPTED)
 
 
 def stop_with_parent() -> None:

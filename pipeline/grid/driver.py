@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.command import PREEMPTED
 from pipeline.config import Config, flatten
 from pipeline.console import span
 from pipeline.grid.book import PARENT, Book, shares
@@ -20,6 +22,7 @@ from pipeline.places import shown
 POLL = 0.2  # seconds between two looks at the processes
 EVERY = 60.0  # seconds between two lines about cells that run
 GRACE = 60.0  # seconds that stopped cells have to write down where they are
+AGAIN = 3  # times that a cell is started anew after it lost its place
 Say = Callable[[str], None]
 
 
@@ -48,27 +51,42 @@ class Running:
         return (errors or said or [""])[-1]
 
 
-def drive(book: Book, waiting: list[int], slots: int, *, address: str, say: Say) -> None:
+def drive(
+    book: Book,
+    waiting: list[int],
+    slots: int,
+    *,
+    address: str,
+    say: Say,
+    room: Callable[[], int] | None = None,
+) -> None:
     """Run the cells at these positions to their ends; one that fails does not stop the others.
+
+    A cell that was stopped by somebody else, or whose node was lost and nothing is free, waits
+    behind the others and goes on.
 
     Args:
         slots: Most processes at a time.
+        room: Tells how many there is room for at the moment, after nodes were lost or joined.
         address: Of the Ray that all of them join.
 
     Raises:
         KeyboardInterrupt, SystemExit: The grid was stopped; so were its cells before this returns.
     """
     waiting, running, spoke = list(waiting), list[Running](), time.monotonic()
-    total = len(book.entries)
+    total, again = len(book.entries), Counter[int]()
     try:
         while waiting or running:
-            while waiting and len(running) < slots:
+            while waiting and len(running) < (min(slots, max(1, room())) if room else slots):
                 running.append(child := start(book, waiting.pop(0), address))
                 place = f"[{child.place + 1}/{total}]"
                 say(f"{place} {book.entries[child.place].key} started; {shown(child.log)}")
                 spoke = time.monotonic()
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
+                if child.process.returncode == PREEMPTED and again[child.place] < AGAIN:
+                    again[child.place] += 1
+                    waiting.append(child.place)
                 say(ending(book, child, len(waiting) + len(running)))
                 spoke = time.monotonic()
             if time.monotonic() - spoke > EVERY:
@@ -104,7 +122,8 @@ def start(book: Book, place: int, address: str) -> Running:
             start_new_session=True,  # Ctrl-C is for the grid, which then stops its cells
         )
     parent = book.tracker.run_id
-    request = {"config": flatten(config), "tags": {PARENT: parent} if parent else {}}
+    tags = {PARENT: parent} if parent else {}
+    request = {"config": flatten(config), "tags": tags, "strict": book.tracker.strict}
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it died at once, which its exit code tells
         process.stdin.write(json.dumps(request) + "\n")

@@ -2,7 +2,7 @@
 
 from pipeline.measures.adaptive import Adaptive
 from pipeline.measures.attacked import Attacked, Measure
-from pipeline.measures.auto_attack import AutoAttack, Square
+from pipeline.measures.auto_attack import AutoAttack, AutoAttackSurrogate, Square
 from pipeline.measures.auto_pgd import AutoPGD, AutoPGDRatio, AutoPGDTargeted
 from pipeline.measures.chance import RandomNoise, Transfer
 from pipeline.measures.clean import Clean
@@ -29,6 +29,7 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_surrogate_apgd": SurrogateAPGD,
     "ra_adaptive": Adaptive,
     "ra_aa": AutoAttack,
+    "ra_aa_surrogate": AutoAttackSurrogate,
     "ra_square": Square,
     "ra_noise": RandomNoise,
     "ra_floor": FreeChoice,
@@ -47,13 +48,14 @@ ROUTED = (
     "ra_surrogate",
     "ra_surrogate_apgd",
     "ra_adaptive",
+    "ra_aa_surrogate",
     "ra_floor",
     "ra_each",
 )
 # Judged along a fixed route and not on the deployed model: they do not count into ra_worst.
 FLOORS = ("ra_floor", "ra_each")
 # These need the extra eval.
-PACKAGED = ("ra_aa", "ra_square")
+PACKAGED = ("ra_aa", "ra_aa_surrogate", "ra_square")
 
 __all__ = [
     "END_OF_RUN",
@@ -62,6 +64,7 @@ __all__ = [
     "PACKAGED",
     "ROUTED",
     "Attacked",
+    "AutoAttack",
     "Evaluation",
     "Measure",
     "Transfer",

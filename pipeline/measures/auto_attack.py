@@ -17,6 +17,9 @@ from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.measures.attacked import Attacked, is_correct, untouched
 from pipeline.measures.auto_pgd import AutoPGDTargeted
+from pipeline.measures.relaxed import relaxed, soft_backward
+
+Logits = Callable[[Tensor], Tensor]
 
 STANDARD: tuple[str, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
 FEW_CLASSES: tuple[str, ...] = (
@@ -55,7 +58,33 @@ class AutoAttack:
         else:
             attack = PGD(eps=self.attack.eps, norm=self.attack.norm, steps=100)
             names, before = FEW_CLASSES, AutoPGDTargeted(attack=attack)(model, x_BCHW, y_B, noise)
-        return run(self.attack, self.seed, QUERIES, names, model, before, x_BCHW, y_B)
+        return run(self.attack, self.seed, QUERIES, names, hard(model), model, before, x_BCHW, y_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttackSurrogate:
+    """RA under AutoAttack's gradient attacks, with the gradient of a softmax over all experts.
+
+    The gates are hard forward, so that what the package sees broken is broken; backward every
+    expert has its say (``pipeline.measures.relaxed.soft_backward``). Square takes no gradients, and
+    is left to ``ra_aa``.
+
+    Attributes:
+        seed: As in ``AutoAttack``.
+
+    Raises:
+        ValueError: ``pyautoattack`` is not installed.
+    """
+
+    attack: PGD = PGD(steps=100)
+    seed: int = 0
+
+    def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
+        with torch.no_grad():
+            classes = model(x_BCHW[:1]).logits.shape[1]
+        names = [n for n in (STANDARD if classes >= 4 else FEW_CLASSES) if n != "square"]
+        logits, before = relaxed(model, soft_backward), untouched(model, x_BCHW, y_B)
+        return run(self.attack, self.seed, QUERIES, names, logits, model, before, x_BCHW, y_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +110,9 @@ class Square:
             raise ValueError(f"queries must be at least 1, got {self.queries}")
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
-        before = untouched(model, x_BCHW, y_B)
-        return run(self.attack, self.seed, self.queries, ("square",), model, before, x_BCHW, y_B)
+        before, names = untouched(model, x_BCHW, y_B), ("square",)
+        logits = hard(model)
+        return run(self.attack, self.seed, self.queries, names, logits, model, before, x_BCHW, y_B)
 
 
 def run(
@@ -90,6 +120,7 @@ def run(
     seed: int,
     queries: int,
     names: Sequence[str],
+    logits: Logits,
     model: Network,
     before: Attacked,
     x_BCHW: Tensor,
@@ -100,6 +131,7 @@ def run(
     Args:
         attack: Whose norm and eps are taken.
         names: Of ``STANDARD``.
+        logits: What the package attacks; ``model`` is what judges.
         before: Outcome so far; its broken images are left alone.
     """
     correct_B, x_adv = before.correct_B.clone(), before.x_adv.clone()
@@ -109,7 +141,7 @@ def run(
             break
         x_ACHW, y_A = x_BCHW[alive_A].contiguous(), y_B[alive_A]
         with torch.random.fork_rng():
-            found = _perturb(attack, seed, queries, name, model, x_ACHW, y_A)
+            found = _perturb(attack, seed, queries, name, logits, x_ACHW, y_A)
         found = attack.project(found.to(x_ACHW), x_ACHW)
         x_adv[alive_A], correct_B[alive_A] = found, is_correct(model, found, y_A)
     return Attacked(correct_B, x_adv)
@@ -120,15 +152,15 @@ def _perturb(
     seed: int,
     queries: int,
     name: str,
-    model: Network,
+    logits: Logits,
     x_ACHW: Tensor,
     y_A: Tensor,
 ) -> Tensor:
     """Run one attack of the package's standard version, with its number of targets put right."""
     with torch.no_grad():
-        others = model(x_ACHW[:1]).logits.shape[1] - 1
+        others = logits(x_ACHW[:1]).shape[1] - 1
     suite = _package().AutoAttack(
-        _logits_of(model),
+        lambda x_BCHW: logits(_Relayout.apply(x_BCHW)),  # type: ignore[no-untyped-call]
         norm={"linf": "Linf", "l2": "L2"}[attack.norm],
         eps=attack.eps,
         seed=seed,
@@ -180,5 +212,6 @@ class _Relayout(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-def _logits_of(model: Network) -> Callable[[Tensor], Tensor]:
-    return lambda x_BCHW: model(_Relayout.apply(x_BCHW)).logits  # type: ignore[no-untyped-call]
+def hard(model: Network) -> Logits:
+    """The logits of the deployed network, with its true gradient."""
+    return lambda x_BCHW: model(x_BCHW).logits

@@ -30,15 +30,20 @@ class Transfer:
     """RA under PGD on the margin of another network, such as the dense twin or a dual's half.
 
     Attributes:
-        source: A frozen network (``moe.folding.fold``) of the same classes on the same device.
+        source: A frozen network (``moe.folding.fold``) of the same classes and image size.
+        origin: What names it beside its weights: a hash of these and of the settings that make
+            them a network.
     """
 
     source: Network
     attack: PGD = PGD(steps=50)
+    origin: str = ""
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
+        source = self.source.to(x_BCHW.device)
+
         def objective(x: Tensor, index: Tensor) -> Tensor:
-            return margin_per_image(self.source(x).logits, y_B[index])
+            return margin_per_image(source(x).logits, y_B[index])
 
         before = untouched(model, x_BCHW, y_B)
         return break_images(self.attack, model, objective, before, x_BCHW, y_B, noise)

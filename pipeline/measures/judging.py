@@ -103,7 +103,8 @@ def judge(
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], None] = lambda _: None,
-    tell: Callable[[int, int], None] = lambda _done, _all: None,
+    tell: Callable[[int, int, str], None] = lambda _done, _all, _name: None,
+    ended: Callable[[str, Effort], None] = lambda _name, _effort: None,
     ids_N: Tensor | None = None,
     store: Store | None = None,
     cascade: bool = False,
@@ -117,7 +118,9 @@ def judge(
     Args:
         measures: By name; the first that attacks tells how the routes change.
         total: Sums a tensor over the workers, in place.
-        tell: Called with the attacks on an image done and to do, on this worker.
+        tell: Called with the attacks on an image done and to do, on this worker, and the name of
+            the one that is on.
+        ended: Called with each attack's name and cost, on this worker, when it is over.
         ids_N: Numbers of the images in the whole split; None: their positions.
         store: Where outcomes are looked up first, and kept batch by batch.
         cascade: Attack only images that stand against the measures before. The worst case comes
@@ -136,10 +139,11 @@ def judge(
         outcomes[name] = Outcome.blank(n, layers)
         past = turn * len(mine_M) + len(mine_M) - len(rows)
 
-        def advance(done: int, past: int = past) -> None:
-            tell(past + done, len(measures) * len(mine_M))
+        def advance(done: int, past: int = past, name: str = name) -> None:
+            tell(past + done, len(measures) * len(mine_M), name)
 
         efforts[name] = task.attack(measure, rows, outcomes[name], advance)
+        ended(name, efforts[name])
         if counts(name) or name == "sa":
             standing_N[rows] &= outcomes[name].correct_N[rows]
     route = task.clean_route(mine_M, outcomes.get("sa"))

@@ -38,7 +38,7 @@ class Tier:
 
 TIERS = {
     "smoke": Tier(
-        measures=("sa", "ra_pgd", "ra_forced", "ra_noise"),
+        measures=("sa", "ra_pgd", "ra_surrogate", "ra_forced", "ra_noise"),
         images=500,
         steps=20,
         curve=64,
@@ -57,7 +57,8 @@ TIERS = {
         measures=(
             *("sa", "ra_pgd", "ra_pgd_margin", "ra_apgd", "ra_apgd_t"),
             *("ra_forced", "ra_forced_apgd", "ra_router", "ra_expert", "ra_adaptive"),
-            *("ra_surrogate_apgd", "ra_aa", "ra_square", "ra_noise", "ra_each", "ra_floor"),
+            *("ra_surrogate_apgd", "ra_aa", "ra_aa_surrogate", "ra_square", "ra_noise"),
+            *("ra_each", "ra_floor"),
         ),
         images=None,
         probed=512,

@@ -55,14 +55,7 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
     """
     found, full = Found([]), dict[str, Run]()
     for record in fetch(resolve_uri(tracking_uri), experiment):
-        run = Run(
-            record.info.run_id,
-            record.info.run_name,
-            dict(record.data.params),
-            dict(record.data.metrics),
-            dict(record.data.tags),
-            record.info.end_time or 0,
-        )
+        run = run_of(record)
         if reason := reason_against(run, record.info.status):
             found.left_out[reason] += 1
             if is_full_evaluation(run, record.info.status):
@@ -94,22 +87,41 @@ def fetch(uri: str, experiment: str) -> list[Any]:
         if (record := client.get_experiment_by_name(experiment)) is None:
             names = ", ".join(e.name for e in client.search_experiments())
             raise ValueError(f"no experiment {experiment!r} in {shown}, only {names}")
-        runs, token = [], None
-        while True:
-            page = client.search_runs([record.experiment_id], max_results=500, page_token=token)
-            runs += page
-            if not (token := page.token):
-                return runs
+        return every(client, record.experiment_id)
     except ValueError:
         raise
     except Exception as error:
         raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
 
 
+def every(client: Any, experiment_id: str, wanted: str = "") -> list[Any]:
+    """Read the runs of an experiment that a filter of MLflow's lets through, page by page."""
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment_id], wanted, max_results=500, page_token=token)
+        runs += page
+        if not (token := page.token):
+            return runs
+
+
+def run_of(record: Any) -> Run:
+    """Take over what MLflow says of a run."""
+    return Run(
+        record.info.run_id,
+        record.info.run_name,
+        dict(record.data.params),
+        dict(record.data.metrics),
+        dict(record.data.tags),
+        record.info.end_time or 0,
+    )
+
+
 def reason_against(run: Run, status: str) -> str:
     """Say why a run does not belong in a comparison; empty if it does."""
     if EVALUATED in run.tags:
         return "evaluations of other runs"
+    if "trial" in run.tags:  # judged on the test split by another tier, if at all
+        return "trials of sweeps"
     if "algorithm" not in run.params or "backbone" not in run.params:
         return "parents of other runs"
     if status != "FINISHED" or run.tags.get("status", "finished") != "finished":

@@ -3,6 +3,8 @@
 import copy
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,17 @@ from moe.network import Network
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
-from pipeline.bench import BENCHMARKS
+from pipeline.bench import BENCHMARKS, LONG
 from pipeline.bench.__main__ import run
+from pipeline.bench.autoattack import median_radius
+from pipeline.bench.pipeline import run_config
 from pipeline.bench.plain import plain_adv_moe, plain_attack, plain_trades
 from pipeline.bench.race import Benchmark, Outcome, Variant, race
 from pipeline.bench.settings import Settings, read_settings
 from pipeline.bench.step import disagreement, restart, training_state
 from pipeline.command import main
 from pipeline.masked import masked
+from pipeline.measures import auto_attack
 from pipeline.state import TrainState
 from tests.conftest import LAYERED
 
@@ -41,7 +46,7 @@ def pair(model: Network) -> tuple[TrainState, TrainState]:
     return states
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in LONG])
 def test_benchmark_prints_conditions_and_ratios(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,11 +58,68 @@ def test_benchmark_prints_conditions_and_ratios(
     assert "load of the experts: 0." in shown
 
 
+def test_autoattack_breaks_the_same_images_and_prints_both_ratios(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyautoattack")
+    monkeypatch.setattr(auto_attack, "QUERIES", 5)
+    monkeypatch.setattr(auto_attack, "STANDARD", ("apgd-ce", "square"))
+    assert run(["autoattack", *TINY, "attacked=12"]) == 0
+    shown = capsys.readouterr().out
+    found = re.search(r"(\d+) of 12 images stand on ours, (\d+) on the masked twin", shown)
+    assert found is not None
+    assert 0 < int(found[1]) < 12, "some for every attack to work on, some broken"
+    assert "the same fate: 12 of 12" in shown
+    assert "judged on the other network: 24 of 24 alike" in shown
+    ratios = r"masked over ours: AutoAttack \d+\.\d\d, inference on 8 images \d+\.\d\d"
+    gmac = re.search(ratios + r", multiply-accumulates (\d\.\d\d)", shown)
+    assert gmac is not None
+    assert float(gmac[1]) > 1
+
+
+def test_median_radius_is_where_a_linear_network_loses_every_second_image() -> None:
+    weight_KD = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+
+    def linear(x_BCHW: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=x_BCHW.flatten(1) @ weight_KD.float().T)
+
+    x_BCHW = 0.5 + 0.02 * torch.randn(101, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    logits_BK = linear(x_BCHW).logits
+    y_B, second_B = logits_BK.topk(2).indices.unbind(1)
+    eps = median_radius(linear, x_BCHW, y_B)  # type: ignore[arg-type]
+    slope_BD = weight_KD[second_B] - weight_KD[y_B]
+    x_adv = x_BCHW + eps * slope_BD.sign().view_as(x_BCHW)
+    after_BK = linear(x_adv).logits.gather(1, torch.stack([y_B, second_B], 1))
+    assert int((after_BK[:, 1] - after_BK[:, 0] > 1e-5).sum()) == 50
+
+
+def test_pipeline_times_the_same_epochs_with_ray_and_without(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["pipeline", *TINY, "updates=1", "epochs=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "an epoch of 1 updates on 8 images" in shown
+    ratio = re.search(r"an epoch costs (\d+\.\d{3}) of the bare loop's", shown)
+    assert ratio is not None
+    assert float(ratio[1]) > 0
+    assert "GMAC" not in shown
+    assert not list(tmp_path.iterdir()), "nothing is left where the command ran"
+
+
+def test_images_of_the_pipeline_make_the_updates_wanted() -> None:
+    for updates in (1, 4, 7):
+        config = run_config(Settings(batch=24, updates=updates, backbone="small"))
+        assert len(config.dataset.load(config.seed).train) == 24 * updates
+
+
 def test_all_benchmarks_run_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*TINY, "router_scope=per_layer", "router_loss=pseudo_label"]) == 0
     shown = capsys.readouterr().out
     assert "inference on 8 images" in shown
     assert "one update on 8 images: router_loss=pseudo_label" in shown
+    assert "AutoAttack" not in shown
+    assert "an epoch" not in shown
 
 
 def test_threads_are_set_for_the_race_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +268,20 @@ def test_race_takes_turns_prepares_every_call_and_counts_operations() -> None:
     assert events == ["before a", "a", "before b", "b"] * (1 + 3 * 2)
     assert outcome.gmac == {"a": 30 / 1e9, "b": 30 / 1e9}
     assert [len(times) for times in outcome.seconds.values()] == [6, 6]
+
+
+def test_work_that_takes_its_own_times_is_tried_first_and_timed_by_them() -> None:
+    events: list[str] = []
+
+    def timed() -> list[float]:
+        events.append("timed")
+        return [1.0, 2.0]
+
+    variant = Variant(timed, trial=lambda: events.append("trial"), timed=timed)
+    outcome = race(Benchmark("", {"a": variant}, notes=list), 2, lambda _: None)
+    assert events == ["trial", "timed", "timed"]
+    assert outcome.seconds["a"] == [1.0, 2.0, 1.0, 2.0]
+    assert outcome.gmac["a"] == 0
 
 
 def test_race_counts_gradients_of_images_alone(build: Any) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is refused; what it holds is what was saved."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -216,6 +217,28 @@ def rehash(folder: Path) -> None:
     (folder / "meta.json").write_text(checkpoint.describe(META, hashes))
 
 
+def test_weights_that_carry_code_are_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    payload = pickle.dumps({"weight": Intruder(trace)})
+    (saved / "model.safetensors").write_bytes(payload)
+    rehash(saved)
+    checkpoint.verify(saved)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is refused"):
+        checkpoint.load_model(saved)
+    assert not trace.exists()
+    pickle.loads(payload)
+    assert trace.exists(), "the intruder does bite those who let it"
+
+
+@pytest.mark.parametrize("key", ["name", "experiment"])
+def test_config_whose_run_would_leave_its_folder_is_refused(saved: Path, key: str) -> None:
+    flat = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**flat, key: "../../etc"}))
+    rehash(saved)
+    with pytest.raises(ValueError, match=f"{key} must be a plain name"):
+        checkpoint.load_model(saved)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_state_that_carries_code_is_refused_and_not_run(
@@ -229,7 +252,7 @@ def test_state_that_carries_code_is_refused_and_not_run(
         (saved / "state.pt").write_bytes(pickle.dumps(payload))
     rehash(saved)
     checkpoint.verify(saved)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match=r"state\.pt is refused"):
         checkpoint.load_state(saved)
     assert not trace.exists()
     checkpoint.load_model(saved)

@@ -9,6 +9,7 @@ import pytest
 
 from moe.backbones import BACKBONES
 from moe.backbones.dual import DualNetworks
+from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
 from moe.backbones.vit import ViT
@@ -267,10 +268,11 @@ COMPONENTS = [
     *(
         Config(backbone=kind(num_experts=5, ratio=0.3))
         for kind in BACKBONES.values()
-        if kind not in (ViT, DualNetworks)
+        if kind not in (ViT, DualNetworks, Lipschitz)
     ),
     Config(backbone=NetworkMixture(expert=ViT(size="small", patch=2), router="cnn")),
     Config(backbone=ViT(ratio=0.3), algorithm=Standard()),
+    Config(backbone=Lipschitz(depth=3), algorithm=Standard(), norm_bound=2.5),
     *(Config(algorithm=kind()) for kind in ALGORITHMS.values() if kind not in (Sparse, JTDMoE)),
     Config(algorithm=JTDMoE(beta=2.0), backbone=DualNetworks(standard=Small(ratio=0.3), alpha=0.2)),
     Config(algorithm=Sparse(pretrain=0.3), backbone=Small(num_experts=1)),

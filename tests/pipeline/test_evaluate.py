@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moe.folding import fold
 from pipeline import evaluate, loop
+from pipeline.attacks.pgd import PGD
+from pipeline.checkpoint import load_config, load_model
 from pipeline.config import override
+from pipeline.data.loading import to_float
+from pipeline.measures import Transfer
 from pipeline.presets import PRESETS
+from pipeline.seeding import ImageNoise
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
+def trained(folder: Path, **changes: Any) -> Path:
+    """Train a small model in seconds; return its best checkpoint."""
     settings = {
         "dataset": "synthetic",
         "dataset.size": 8,
@@ -33,8 +39,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.steps": 2,
         "evaluation.validation_steps": 1,
     }
-    loop.fit(override(PRESETS["quickstart"](), settings), folder)
+    loop.fit(override(PRESETS["quickstart"](), settings | changes), folder)
     return folder / "checkpoints" / "best"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture that gets most images right."""
+    return trained(tmp_path_factory.mktemp("taught"), algorithm="standard", epochs=8)
+
+
+@pytest.fixture(scope="module")
+def dense_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dense = {"backbone.num_experts": 1, "backbone.ratio": 1}
+    return trained(tmp_path_factory.mktemp("dense"), algorithm="standard", epochs=8, **dense)
 
 
 @pytest.fixture
@@ -136,6 +159,8 @@ def test_repeated_evaluation_attacks_nothing_and_says_the_same(
     assert table(outs[0]) == table(outs[1])
     assert "verdict: " in outs[1]
     assert "corruption/mean" in outs[1]
+    assert re.search(r"^ra_pgd2: 24 images in \d+ s, [\d.e+]+ images/s$", outs[0], re.MULTILINE)
+    assert re.search(r"^ra_pgd2: all 24 outcomes are known from before$", outs[1], re.MULTILINE)
     assert re.search(r"ra_pgd2 +│ +24 │ +0 │ +[\d.]+ │ +[\d.]+", outs[0]), "seconds and images/s"
     (run,) = children(at_home)
     assert run.data.tags["verdict"] in ("reliable", "unreliable", "implausible")
@@ -200,6 +225,61 @@ def test_cascade_gives_the_worst_case_alone(
     rows = [{line.split()[0]: line for line in out} for out in outs]
     assert rows[0]["test/ra_worst"] == rows[1]["test/ra_worst"]
     assert "test/ra_noise" not in rows[1]
+
+
+def test_images_made_on_another_run_count_into_the_worst_case(
+    taught: Path, dense_twin: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for source in (dense_twin, dense_twin, taught):
+        command = [str(taught), "measure=sa", f"transfer={source}", "evaluation.eps=0.1"]
+        assert evaluate.run(command) == 0
+        out = capsys.readouterr().out
+        shares = {line.split()[0]: re.findall(r"([\d.]+)%", line)[0] for line in table(out)[:3]}
+        found = re.search(r"reused ([\d,]+) of ([\d,]+) outcomes", out)
+        assert found is not None
+        rows.append((shares, found[1]))
+    (first, none), (again, all_), (white, some) = rows
+    assert (none, all_, some) == ("0", "48", "24"), "another source is another attack"
+    assert first == again
+    assert first["test/ra_worst"] == first["test/ra_transfer"]
+    left = [float(shares["test/ra_transfer"]) for shares in (white, first)]
+    assert left[0] <= left[1] < float(first["test/sa"]), "from itself: a white-box attack"
+    runs = {run.data.tags["transfer"]: run for run in children(at_home)}
+    assert runs.keys() == {str(dense_twin.resolve()), str(taught.resolve())}
+
+
+def test_transferred_images_are_judged_on_the_model_at_hand(taught: Path, dense_twin: Path) -> None:
+    """Against attack, network and judgement written out by hand."""
+    model, source = load_model(taught), load_model(dense_twin)
+    config = load_config(taught)
+    test = config.dataset.load(config.seed).test
+    x_NCHW, y_N = to_float(test.pixels_NCHW), test.labels_N
+    attack = PGD(eps=0.1, step_size=0.05, steps=4)
+    noise = ImageNoise(0, torch.arange(len(y_N)))
+    found = Transfer(source=fold(source), attack=attack)(fold(model), x_NCHW, y_N, noise)
+    x_adv = attack.begin(x_NCHW, ImageNoise(0, torch.arange(len(y_N))))
+    for _ in range(attack.steps):
+        x_adv.requires_grad_()
+        z_NK = source(x_adv).logits
+        true_N = z_NK.gather(1, y_N[:, None]).squeeze(1)
+        other_N = z_NK.scatter(1, y_N[:, None], float("-inf")).amax(1)
+        (gradient,) = torch.autograd.grad((other_N - true_N).sum(), x_adv)
+        moved = x_adv.detach() + attack.step_size * gradient.sign()
+        x_adv = moved.clamp(x_NCHW - attack.eps, x_NCHW + attack.eps).clamp(0, 1)
+    with torch.no_grad():
+        stand_N = (model(x_NCHW).logits.argmax(1) == y_N) & (model(x_adv).logits.argmax(1) == y_N)
+    assert torch.equal(found.correct_B, stand_N)
+    clean_N = model(x_NCHW).logits.argmax(1) == y_N
+    assert 0 < int(stand_N.sum()) < int(clean_N.sum())
+
+
+def test_source_of_other_classes_is_refused(
+    checkpoint: Path, at_home: Path, tmp_path: Path
+) -> None:
+    other = trained(tmp_path / "other", **{"dataset.classes": 4})
+    with pytest.raises(ValueError, match=r"transfer must be a run with num_classes 10, got .* 4"):
+        evaluate.run([str(checkpoint), "measure=sa", f"transfer={other}"])
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

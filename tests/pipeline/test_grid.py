@@ -353,6 +353,50 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
     assert book.stops == [0, 1]
 
 
+class Ends(Notes):
+    """Notes that also take down how cells ended, in order."""
+
+    def __init__(self, configs: tuple[Config, ...]):
+        super().__init__(configs)
+        self.codes: list[tuple[int, int]] = []
+
+    def ended(self, place: int, code: int, reason: str, seconds: float) -> Entry:
+        self.codes.append((place, code))
+        self.entries[place].status = "finished" if code == 0 else "preempted"
+        return self.entries[place]
+
+
+@pytest.mark.parametrize(("stubborn", "tries"), [(1, 2), (9, 4)])
+def test_a_cell_that_lost_its_place_goes_on_behind_the_others_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: int, tries: int
+) -> None:
+    request = read_request({"backbone": "small", "dataset": "digits", "seed": "0,1"})
+    book, starts = Ends(request.configs), list[int]()
+    room = iter([0, 1, 1, 1, 1, 1, 1, 1])  # never more than one at a time, and never none
+
+    def start(_: Any, place: int, address: str) -> driver.Running:
+        starts.append(place)
+        code = 75 if place == 0 and starts.count(0) <= stubborn else 0
+        process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"], text=True)
+        at = tmp_path / str(len(starts))
+        at.touch()
+        return driver.Running(place, process, at, 0, 0.0)
+
+    monkeypatch.setattr(driver, "start", start)
+    driver.drive(
+        book,  # type: ignore[arg-type]
+        [0, 1],
+        2,
+        address="",
+        say=lambda _: None,
+        room=lambda: next(room, 1),
+    )
+    assert starts == [0, 1] + [0] * (tries - 1)
+    assert book.codes == list(
+        zip(starts, [75, 0, *[75] * (tries - 2), 0 if tries == 2 else 75], strict=True)
+    )
+
+
 def test_a_cell_stops_itself_once_the_grid_is_gone(tmp_path: Path) -> None:
     """Its standard input ends, whoever held the other end and however that one died."""
     code = (
@@ -402,7 +446,7 @@ def test_ctrl_c_stops_all_cells_and_the_same_command_goes_on(command: Command) -
     driver = command.start(*words, "name=two")
     wait_for(lambda: command.checkpoints("s_dense_synthetic_small") > 1, command)
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=120) == 1
+    assert driver.wait(timeout=120) == 75
     out = command.log.read_text()
     assert re.search(r"stopped; [12] cell\(s\) left, which the same command continues", out), out
     assert not processes_in(command.home)

@@ -22,9 +22,10 @@ def test_logged_mixture_gives_equal_logits_for_another_batch_size(
         tmp_path / "run", tracking_uri=uri, experiment="e", name="n", params={}, tags={}
     )
     example_BCHW = np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32)
-    model_uri = tracker.log_model(exportable(small), example_BCHW)
-    assert model_uri is not None
+    assert tracker.log_model(exportable(small), example_BCHW)
     assert tracker.close("finished")
+    (output,) = mlflow.MlflowClient(uri).get_run(tracker.run_id).outputs.model_outputs
+    model_uri = mlflow.MlflowClient(uri).get_logged_model(output.model_id).model_uri
 
     x_BCHW = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

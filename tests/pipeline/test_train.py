@@ -86,22 +86,6 @@ def checkpoints(command: Command) -> list[str]:
     return sorted(p.name for p in runs.glob("tiny-????????/checkpoints/step_*"))
 
 
-def ray_workers_below(pid: int) -> list[int]:
-    """Processes of Ray train workers that descend from ``pid``."""
-    rows = subprocess.run(
-        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[1:]
-    parent = {int(r.split()[0]): int(r.split()[1]) for r in rows}
-    workers = [int(r.split()[0]) for r in rows if "ray::RayTrainWorker" in r]
-
-    def descends(child: int) -> bool:
-        while child in parent and child != pid:
-            child = parent[child]
-        return child == pid
-
-    return [worker for worker in workers if descends(worker)]
-
-
 def undisturbed(home: Path, *settings: str) -> dict[str, object]:
     folder = home / "undisturbed"
     subprocess.run(
@@ -203,28 +187,13 @@ def test_a_run_on_two_workers_ends_with_a_table_and_a_whole_mlflow_record(
     assert len(mlflow_runs(command.home)) == 1
 
 
-def test_a_killed_worker_costs_nothing_but_time(command: Command) -> None:
-    settings = ["epochs=6", "workers=1", "checkpoint_steps=3"]
-    process = command.start(*TINY, *settings)
-    wait_for(lambda: len(checkpoints(command)) > 1, process)
-    (worker,) = ray_workers_below(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    assert "continues after" in out
-    same_to_the_bit(last_weights(command.folder), undisturbed(command.home, *settings))
-    ((status, _, steps),) = mlflow_runs(command.home)
-    assert status == "FINISHED"
-    assert steps["val/ra"] == [7, 14, 21, 28, 35, 42]
-
-
 def test_ctrl_c_and_the_same_command_continue_the_same_run(command: Command) -> None:
     settings = ["epochs=6", "workers=1"]
     process = command.start(*TINY, *settings)
     wait_for(lambda: len(checkpoints(command)) > 1, process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=100)
-    assert process.returncode == 1, out
+    assert process.returncode == 75, out
     assert "the same command continues" in out
     ((status, tags, _),) = mlflow_runs(command.home)
     assert (status, tags["status"]) == ("KILLED", "preempted")

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data import streaming
 from pipeline.data.crops import RandomCrop
 from pipeline.data.files import DamagedDataError, find_shards
 from pipeline.data.loading import Share
@@ -197,6 +199,19 @@ def test_two_ray_workers_stream_every_image_once(
             stream = Streamed(index, np.arange(ROWS), LAYOUT, 16, 0.2)  # reader: auto
             return list(stream.batches(of))
 
+        def wait(self, index: Index) -> float:
+            """CPU seconds of two seconds in which a full window waits to be taken."""
+            streaming.WINDOW = 8
+            stream = Streamed(index, np.arange(ROWS), LAYOUT, 256, 0.2)
+            pieces = stream.read(stream.units, RandomCrop(256, 0.2, 0, 0), 1)
+            next(pieces)
+            time.sleep(1)
+            before = time.process_time()
+            time.sleep(2)
+            spent = time.process_time() - before
+            assert sum(map(len, pieces)) == ROWS - 7
+            return spent
+
     try:
         index = read_index(find_shards(folder, "train"), LAYOUT)
         workers = [Worker.remote() for _ in range(2)]
@@ -214,6 +229,8 @@ def test_two_ray_workers_stream_every_image_once(
         resumed = read(epoch=1, first=5)
         for part, whole in zip(resumed, parts, strict=True):
             same(part, whole[5:])
+        waited = workers[0].wait.remote(index)
+        assert ray.get(waited, timeout=200) < 0.5
         file = folder / "train-00002-of-00003.parquet"
         file.write_bytes(file.read_bytes()[:2000])
         with pytest.raises(ray.exceptions.RayTaskError, match="00002-of-00003"):

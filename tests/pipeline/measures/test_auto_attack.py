@@ -14,11 +14,14 @@ from torch import Tensor
 from moe.folding import fold
 from moe.network import Network
 from pipeline.attacks.pgd import PGD
+from pipeline.data.loading import to_float
 from pipeline.measures import MEASURES, PACKAGED
 from pipeline.measures import auto_attack as adapter
 from pipeline.measures.attacked import is_correct, untouched
-from pipeline.measures.auto_attack import STANDARD, AutoAttack, Square
+from pipeline.measures.auto_attack import STANDARD, AutoAttack, AutoAttackSurrogate, Square
 from pipeline.seeding import ImageNoise
+from tests.analytic import EPS as FLIP
+from tests.analytic import route_flip, route_flip_images
 
 Build = Callable[..., Network]
 EPS = {"linf": 0.007, "l2": 0.12}
@@ -74,6 +77,8 @@ def test_outcome_is_that_of_the_deployed_model_on_images_in_the_ball(
     build: Build, package: Any, name: str, norm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter, "QUERIES", 20)
+    if name == "ra_aa_surrogate":  # FAB over all experts takes long, and has a test below
+        monkeypatch.setattr(adapter, "STANDARD", ("apgd-ce", "apgd-t", "square"))
     model = fold(build(ratio=0.125, router_scope="per_layer"))
     x_BCHW, y_B = examples(model, 10)
     state = torch.get_rng_state()
@@ -101,6 +106,20 @@ def test_any_number_of_classes_is_attacked(
     x_BCHW, y_B = examples(model, 6)
     found = AutoAttack(attack=PGD(eps=0.1))(model, x_BCHW, y_B, noise(6))
     assert not found.correct_B.any()
+
+
+def test_gradient_of_soft_gates_finds_the_route_that_the_true_gradient_hides(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Square, which needs no gradient: the mixture that a flip of the route breaks."""
+    monkeypatch.setattr(adapter, "STANDARD", ("apgd-ce", "apgd-t", "fab-t"))
+    model, images = fold(route_flip(1.0)), route_flip_images(8)
+    x_BCHW, threat = to_float(images.pixels_NCHW), PGD(eps=FLIP["linf"])
+    hard = AutoAttack(attack=threat)(model, x_BCHW, images.labels_N, noise(8))
+    soft = AutoAttackSurrogate(attack=threat)(model, x_BCHW, images.labels_N, noise(8))
+    assert hard.correct_B.all()
+    assert not soft.correct_B.any()
+    assert not is_correct(model, soft.x_adv, images.labels_N).any()
 
 
 def test_square_gets_its_queries_and_no_gradient(build: Build, package: Any) -> None:

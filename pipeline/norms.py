@@ -1,0 +1,27 @@
+"""Control of the layers' operator norms: what makes a certificate say something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def bound_norms(parameters: Iterable[nn.Parameter], bound: float) -> None:
+    """Shrink linear maps and convolutions to an L-inf operator norm of at most ``bound``.
+
+    That norm is the largest sum of absolute weights into one output (of any expert). Each output
+    whose sum is larger is scaled down by itself; the others stay as they are. The Lipschitz
+    constant of the network is then at most the product of the bounds, times what normalization of
+    the pixels adds; BatchNorm scales features up again and is better left out
+    (``backbone=lipschitz``). Norm control by layer: Cisse et al., ICML 2017, arXiv:1704.08847; in
+    this norm Anil et al., ICML 2019, arXiv:1811.05381.
+    """
+    for weight in parameters:
+        if weight.dim() > 1:
+            size_D = weight.flatten(1).abs().sum(1)
+            shrink_D = (bound / size_D).clamp(max=1)
+            weight.mul_(shrink_D.view(-1, *[1] * (weight.dim() - 1)))
+    torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were

@@ -1,0 +1,27 @@
+"""MLflow, for the driver process: one run is told in events, and kept on disk until MLflow has it.
+
+Only this room, ``report`` and ``sweep`` import mlflow, inside functions: that takes seconds.
+"""
+
+from pipeline.tracking.finding import EVALUATED, PARENTS, download, resolve_run
+from pipeline.tracking.models import log_torch_model
+from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri, without_password
+from pipeline.tracking.strict import strictly
+from pipeline.tracking.tracker import OutageError, Tracker, end_abandoned, send_rest
+
+__all__ = [
+    "EVALUATED",
+    "PARENTS",
+    "SQLITE",
+    "OutageError",
+    "Tracker",
+    "download",
+    "end_abandoned",
+    "log_torch_model",
+    "mlflow_client",
+    "resolve_run",
+    "resolve_uri",
+    "send_rest",
+    "strictly",
+    "without_password",
+]

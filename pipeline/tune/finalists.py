@@ -1,0 +1,74 @@
+"""The front of a sweep, and its members' only meeting with the test split."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.config import override
+from pipeline.console import Follower
+from pipeline.evaluate import open_ledger, plan_jobs, read_plan
+from pipeline.examine import examine
+from pipeline.portrait import write_report
+from pipeline.session import best_device
+from pipeline.shards import shards
+from pipeline.sweep.front import undominated
+from pipeline.train import open_run
+from pipeline.tune.book import Book, Entry
+
+TIER = "standard"
+
+
+def front(book: Book) -> list[Entry]:
+    """List the finished trials that none beats, by the second objective: the most robust first."""
+    aims = book.request.space.objectives
+    done = [entry for entry in book.entries if entry.status == "finished"]
+    whole = [entry for entry in done if all(name in entry.metrics for name, _ in aims)]
+    signs = {"max": 1.0, "min": -1.0}
+    points = [[signs[mode] * entry.metrics[name] for name, mode in aims] for entry in whole]
+    best = [whole[place] for place in undominated(points)]
+    name, mode = aims[min(1, len(aims) - 1)]
+    return sorted(best, key=lambda entry: signs[mode] * entry.metrics[name], reverse=True)
+
+
+def judge_finalists(book: Book, follower: Follower) -> None:
+    """Put the first of the front through the standard tier on the test split, each once.
+
+    What is found becomes ``test/*`` of the trial's own run. Outcomes are kept image by image: a
+    process that was killed goes on.
+    """
+    for entry in front(book)[: book.request.finalists]:
+        if "test/ra_worst" in entry.metrics:
+            continue
+        follower.say(f"[{entry.trial}] on the test split, {TIER} tier")
+        entry.metrics |= judge(book, entry, follower)
+        book.write()
+
+
+def judge(book: Book, entry: Entry, follower: Follower) -> dict[str, float]:
+    """Attack the test images of one trial's model; return what is found."""
+    folder = book.request.trial_folder(entry.trial)
+    best = folder / "checkpoints" / "best"
+    config, plan = checkpoint.load_config(best), read_plan({"tier": TIER})
+    config = override(config, {"workers": 1})
+    splits, model = config.dataset.load(config.seed), checkpoint.load_model(best)
+    jobs = plan_jobs(config, splits.test, plan)
+    weights = checkpoint.sha256(best / "model.safetensors")
+    store = open_ledger(config, weights, splits.test)
+    results = shards(config, model, jobs, store, plan.batch, follower)
+    sides = {name: found for name, found in results.items() if name != "main"}
+    found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
+    follower.results(f"{book.request.name}-{entry.trial}, test split", found.metrics)
+    follower.verdict(found.verdict)
+    tracker = open_run(config, folder, {"judged": TIER})
+    with tempfile.TemporaryDirectory() as scratch:
+        write_report(
+            config, found, Path(scratch), class_names=splits.class_names, sha256=splits.sha256
+        )
+        tracker.handle({"kind": "metrics", "step": 0, "values": found.metrics})
+        for name, text in found.verdict.tags.items():
+            tracker.handle({"kind": "tag", "key": name, "value": text})
+        tracker.handle({"kind": "artifacts", "folder": scratch})
+        tracker.close("finished")
+    return dict(found.metrics)
