@@ -122,7 +122,7 @@ class Dual(Network):
 
         A row or column of the pairs is one half's scores up to a constant, which decides nothing.
         """
-        pairs_BSR = scores.reshape(len(scores), -1, self.robust.num_experts)
+        pairs_BSR = scores.view(len(scores), -1, self.robust.num_experts)
         return self.blend(
             self.standard.held(x_BCHW, pairs_BSR[:, :, 0]),
             self.robust.held(x_BCHW, pairs_BSR[:, 0, :]),

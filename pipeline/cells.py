@@ -76,6 +76,8 @@ PAPER: dict[str, dict[str, str]] = {
         "imagenet": "ImageNet",
     },
 }
+FORMED = tuple(name for name in BACKBONES if name not in ("vit", "dual"))
+"""Backbones that every row has a form of: vit is dense alone, and dual is two networks."""
 RADII = {"tiny_imagenet": 4.0, "imagenet": 4.0, "digits": 25.5}
 """L-infinity radius in 255ths; 8 elsewhere. Larger images get the 4 of public ImageNet boards."""
 RECIPES: dict[str, dict[str, Any]] = {
@@ -115,7 +117,7 @@ def cell(
         ValueError: There is no such backbone, dataset or algorithm, or a number is out of range.
     """
     for key, name, known in (
-        ("backbone", backbone, BACKBONES),
+        ("backbone", backbone, FORMED),
         ("dataset", dataset, DATASETS),
         ("algorithm", algorithm, offered_rows()),
     ):
@@ -165,9 +167,8 @@ def offered(axis: str) -> tuple[str, ...]:
 def costs(config: Config) -> tuple[Cost, Cost]:
     """Count the net of a run, and its dense twin (one expert, ratio 1), on one image."""
     size, classes = config.dataset.image_size, config.dataset.num_classes
-    own: Any = config.backbone
-    twin: Any = dense_twin(own)
-    return _count(own, classes, size), _count(twin, classes, size)
+    backbone: Any = config.backbone
+    return _count(backbone, classes, size), _count(dense_twin(backbone), classes, size)
 
 
 @cache
