@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -35,6 +35,7 @@ from pipeline.sweep.tables import (
     others_table,
     outcome,
     percent,
+    safe,
     write_csv,
 )
 from pipeline.sweep.trials import Sweep, Trial, competing, read_sweep
@@ -164,11 +165,15 @@ def spoken(trial: Trial, frame: Frame, on_front: bool) -> str:
 
 def markdown(found: Answer) -> str:
     """Write the whole answer as Markdown."""
-    parts = [f"# {found.title}", "\n".join(f"- {line}" for line in found.conditions)]
+
+    def listed(lines: Sequence[str]) -> str:
+        return "\n".join(f"- {safe(line)}" for line in lines)
+
+    parts = [f"# {safe(found.title)}", listed(found.conditions)]
     if not found.front:
         parts.append(NO_FRONT)
     for table in found.tables:
-        parts += [f"## {table.title}", *table.notes, as_markdown(table)]
+        parts += [f"## {safe(table.title)}", *map(safe, table.notes), as_markdown(table)]
     if found.notes:
-        parts += ["## Notes", "\n".join(f"- {line}" for line in found.notes)]
+        parts += ["## Notes", listed(found.notes)]
     return "\n\n".join(parts) + "\n"
