@@ -116,8 +116,11 @@ def tab(browser: Any, server: str) -> Iterator[Tab]:
 def test_experiment_lists_the_sweep_and_its_trials(
     tab: Tab, store: Store, runs: dict[str, str]
 ) -> None:
+    tab.open("/experiments")
+    tab.show("robust-moe")
     tab.open(f"/experiments/{store.experiment}/runs")
     tab.show("tune-adv_moe-pages")
+    tab.page.get_by_text("9 matching runs").wait_for(state="visible")
     tab.keep("list")
     assert tab.wrong == []
 
