@@ -210,7 +210,7 @@ def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
             for _, hits, n in one.curve:
                 low, high = wilson(hits, n)
                 cells.append(f"{100 * hits / n:.1f} ({100 * low:.1f}-{100 * high:.1f})")
-            rows.append((kind, *cells))
+            rows.append((ROUTE_HOLDS if kind == "route" else kind, *cells))
     width = max(map(len, rows))
     return [(*row, *[""] * (width - len(row))) for row in rows]
 
@@ -244,6 +244,12 @@ def draw(found: Mapping[str, Found], norm: str, path: Path) -> None:
         hits = [one.stands(eps) for eps in steps]
         bands = [wilson(count, n) for count in hits]
         x = [scale * eps for eps in steps]
+        if kind == "route":
+            label = f"{ROUTE_HOLDS} (not certified)"
+            axes.step(
+                x, [count / n for count in hits], "--", where="post", color="grey", label=label
+            )
+            continue
         axes.step(x, [count / n for count in hits], where="post", label=kind)
         low, high = zip(*bands, strict=True)
         axes.fill_between(x, low, high, step="post", alpha=0.15)

@@ -235,6 +235,7 @@ def ray_cluster(
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     passed["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     address = os.environ.get("RAY_ADDRESS") or "local"
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
         runtime_env={"env_vars": passed},
@@ -243,6 +244,9 @@ def ray_cluster(
         **({"include_dashboard": dashboard} if address == "local" else {}),
     )
     worker._worker_logs_enabled = False  # a lost node's dump, which log_to_driver lets through
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        # Ray's own aborts the process 3 s after SIGTERM, whatever it is writing down
+        signal.signal(signal.SIGTERM, handler)
     try:
         check(config)
         yield

@@ -80,8 +80,8 @@ def test_label_says_the_command_the_settings_and_the_cost_that_is_counted() -> N
 
 
 def test_unknown_cells_are_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match="no backbone 'vit', only resnet18"):
-        cell("vit", "cifar10", "adv_moe")
+    with pytest.raises(ValueError, match="no backbone 'mobilenet', only resnet18"):
+        cell("mobilenet", "cifar10", "adv_moe")
     with pytest.raises(ValueError, match="no algorithm 'trades', only dense, s_dense"):
         cell("small", "cifar10", "trades")
     with pytest.raises(ValueError, match=r"backbone\.ratio must be above 0"):
