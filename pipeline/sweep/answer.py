@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -35,6 +35,7 @@ from pipeline.sweep.tables import (
     others_table,
     outcome,
     percent,
+    safe,
     write_csv,
 )
 from pipeline.sweep.trials import Sweep, Trial, competing, read_sweep
@@ -164,22 +165,15 @@ def spoken(trial: Trial, frame: Frame, on_front: bool) -> str:
 
 def markdown(found: Answer) -> str:
     """Write the whole answer as Markdown."""
-    parts = [f"# {untagged(found.title)}", bullets(found.conditions)]
+
+    def listed(lines: Sequence[str]) -> str:
+        return "\n".join(f"- {safe(line)}" for line in lines)
+
+    parts = [f"# {safe(found.title)}", listed(found.conditions)]
     if not found.front:
         parts.append(NO_FRONT)
     for table in found.tables:
-        parts += [f"## {untagged(table.title)}", *map(untagged, table.notes), as_markdown(table)]
+        parts += [f"## {safe(table.title)}", *map(safe, table.notes), as_markdown(table)]
     if found.notes:
-        parts += ["## Notes", bullets(found.notes)]
+        parts += ["## Notes", listed(found.notes)]
     return "\n\n".join(parts) + "\n"
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """Write lines as a list in Markdown."""
-    return "\n".join(f"- {untagged(line)}" for line in lines)
-
-
-def untagged(text: str) -> str:
-    """Take tags and links out of a line of text; the rest stays as it reads."""
-    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return flat.replace("](", "]\\(")

@@ -28,7 +28,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 PLAIN = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "text.parse_math": False}
 NEAR = 14.0  # points; a label closer than that to another thing moves on
-PLACES = ((0, 8), (11, 5), (-11, 5), (11, -9), (-11, -9), (0, -15), (0, 20), (22, 0), (-22, 0))
+PLACES = ((0, 8), (11, 5), (-11, 5), (11, -9), (-11, -9), (0, -15), (22, -3), (-22, -3))
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def label_points(axes: Any, frame: Frame, across: Objective) -> None:
     to_pixels = axes.transData.transform
     points = [at(trial, across, frame.y) for trial in frame.compared]
     taken = [tuple(to_pixels(p)) for p in points if not any(map(math.isnan, p))]
-    for trial in frame.front:
+    for trial in sorted(frame.front, key=lambda own: -at(own, across, frame.y)[1]):
         point = at(trial, across, frame.y)
         if any(map(math.isnan, point)):
             continue

@@ -152,7 +152,7 @@ def as_markdown(table: Table) -> str:
 def safe(text: str) -> str:
     """Take from a text what Markdown would read as its own."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\|`*_\[\]])", r"\\\1", flat)
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", flat)
 
 
 def write_csv(sweep: Sweep, front: Sequence[Trial], path: Path) -> None:

@@ -45,7 +45,7 @@ def test_front_is_written_as_csv_and_markdown(store: Store, tmp_path: Path) -> N
     assert "# Sweep adv_moe on adv_moe_cifar10_small" in text
     assert "| 0 | 50.0 (45.1 to 54.9) | 30.0 (25.7 to 34.7) | 0.2 | 0.5 | 9 |" in text
     assert "400 images of the validation split" in text
-    assert "infeasible: 0.5 GMAC, max\\_gmac=0.3" in text
+    assert "infeasible: 0.5 GMAC, max_gmac=0.3" in text
     assert "eps 8/255" in text
 
 
