@@ -209,8 +209,8 @@ def conclude(book: Book, status: str) -> int:
     for entry in failed(book):
         print(f"failed: [{entry.trial}] {entry.reason}", file=sys.stderr)
     if status == "preempted":
-        text = f"stopped; {book.left} trial(s) left, which the same command continues"
-        return fail(text, PREEMPTED)
+        left = f"{book.left} trial(s)" if book.left else "finalists and answer"
+        return fail(f"stopped; {left} left, which the same command continues", PREEMPTED)
     if broken := failed(book):
         return fail(
             f"{len(broken)} of {len(book.entries)} trials failed; the same command tries again", 1
