@@ -273,7 +273,7 @@ def runs_of(home: Path) -> tuple[Any, dict[str, Any], Any]:
 
 
 SWEEP = (
-    *("adv_moe", "quickstart", *WORDS, "epochs=2", "num_samples=5", "concurrent=1"),
+    *("adv_moe", "quickstart", *WORDS, "epochs=2", "num_samples=6", "concurrent=1"),
     *("max_gmac=0.012", "finalists=0"),
 )
 
@@ -301,7 +301,7 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
     assert code == 0, out
     book = book_of(command.home)
     after = {trial["trial"]: trial for trial in book["trials"]}
-    assert list(after) == ["000", "001", "002", "003", "004"]
+    assert list(after) == [f"{number:03d}" for number in range(6)]
     for name, trial in before.items():
         assert after[name]["point"] == trial["point"]
         if trial["status"] != "running":
@@ -337,7 +337,7 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
 
     code, out = command.run("pipeline.tune", *SWEEP)
     assert code == 0, out
-    assert "5 done before" in out
+    assert "6 done before" in out
     wait_until(all_is_free, None, command.log)
 
 
