@@ -18,6 +18,7 @@ ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # what there is to say of a sweep, we say
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the MLflow runs as well
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -111,14 +112,14 @@ def carry_out(request: Request, follower: Follower) -> int:
         f"{request.samples - book.left} done before; {shown(request.folder)}"
     )
     try:
-        with stoppable():
-            if book.left:
-                run_trials(book, say)
-            else:
-                book.begin()
+        if book.left:
+            run_trials(book, say)
+        else:
+            book.begin()
+        with stoppable():  # Ray has handlers of its own, whose last one is gone with it
             judge_finalists(book, follower)
             answer(book, say)
-            status = "failed" if failed(book) else "finished"
+        status = "failed" if failed(book) else "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
     except ValueError:  # bad input, said by whoever found it
@@ -139,7 +140,8 @@ def carry_out(request: Request, follower: Follower) -> int:
 def run_trials(book: Book, say: Say) -> None:
     """Run trials in one Ray: that of ``RAY_ADDRESS``, or one that ends with them."""
     request = book.request
-    with ray_cluster(request.base, lambda config: room(config, request), dashboard=True):
+    check = partial(room, request=request)
+    with ray_cluster(request.base, check, dashboard=True), stoppable():
         slots, gpus = places(request)
         unit = f"{slots * request.base.workers} {'GPU' if gpus else 'CPU'}(s)"
         say(f"{book.left} to run, {slots} at a time on {unit}")
@@ -207,8 +209,8 @@ def conclude(book: Book, status: str) -> int:
     for entry in failed(book):
         print(f"failed: [{entry.trial}] {entry.reason}", file=sys.stderr)
     if status == "preempted":
-        text = f"stopped; {book.left} trial(s) left, which the same command continues"
-        return fail(text, PREEMPTED)
+        left = f"{book.left} trial(s)" if book.left else "finalists and answer"
+        return fail(f"stopped; {left} left, which the same command continues", PREEMPTED)
     if broken := failed(book):
         return fail(
             f"{len(broken)} of {len(book.entries)} trials failed; the same command tries again", 1
