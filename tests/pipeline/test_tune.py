@@ -362,7 +362,7 @@ def test_two_trials_at_a_time_share_two_cpus_and_a_finalist_meets_the_test_split
     command: Command,
 ) -> None:
     words = ("ablation_ratio", "quickstart", *WORDS, "epochs=1", "num_samples=2")
-    code, out = command.run("pipeline.tune", *words, "evaluation.steps=1", "dataset.test_images=8")
+    code, out = command.run("pipeline.tune", *words)
     assert code == 0, out
     assert "2 to run, 2 at a time on 2 CPU(s)" in out
     starts = [out.index(f"[00{trial}] backbone.ratio") for trial in (0, 1)]
