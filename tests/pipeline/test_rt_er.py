@@ -262,7 +262,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 def test_two_workers_end_with_equal_halves(tmp_path: Path) -> None:
     run_pair(one_of_two, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     counts = {name for name in first if "num_batches_tracked" in name}  # of an expert's own images
     assert all(torch.equal(first[name], second[name]) for name in set(first) - counts)
 
