@@ -12,6 +12,7 @@ import torch
 from moe.backbones import Backbone
 from moe.backbones.dual import DualNetworks
 from moe.backbones.mixture import NetworkMixture
+from pipeline.algorithms import selects
 from pipeline.config import Config, flatten, name_of
 from pipeline.examine import Findings, waterfall
 from pipeline.measures.sanity import Verdict
@@ -73,6 +74,8 @@ def check_lines(verdict: Verdict) -> list[str]:
 def conditions(config: Config, found: Findings) -> str:
     """Say under which threat the numbers hold."""
     threat = found.evaluation
+    robust = selects(config.algorithm) == "val/ra"
+    selected = f"RA under PGD-{config.evaluation.validation_steps}" if robust else "SA"
     return (
         f"Tier {found.tier}, {len(found.job.images)} test images; each counted once, an image "
         f"misclassified without an attack as broken. Threat: {threat.norm}, eps {threat.eps:.6g}; "
@@ -80,8 +83,7 @@ def conditions(config: Config, found: Findings) -> str:
         "the true gradient of the deployed model, whose gates are hard; `ra_worst` is the share "
         "that stands against all attacks. `ra_floor` and `ra_each_*` (an attacker who sets the "
         "route at will) and `ra_noise` do not count into it. Model selected on the validation "
-        f"split by RA under PGD-{config.evaluation.validation_steps}; the test split had no part "
-        "in that."
+        f"split by {selected}; the test split had no part in that."
     ) + "".join(f" {note}" for note in found.notes)
 
 

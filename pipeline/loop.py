@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.diagnostics import load
 from pipeline import checkpoint, pretrained
+from pipeline.algorithms import selects
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.data.augmentation import Augmentation
@@ -205,8 +206,8 @@ def train_epoch(
     progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
     progress.sums = {}
     progress.record(session, update, values)
-    better = values["val/ra"] > progress.best
-    progress.best = max(progress.best, values["val/ra"])
+    score = values[selects(config.algorithm)]
+    better, progress.best = score > progress.best, max(progress.best, score)
     save(config, folder, session, state, progress, update, best=better)
     session.tell(
         "epoch",

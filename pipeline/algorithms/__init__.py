@@ -22,7 +22,8 @@ class Algorithm(Protocol):
     Labels are classes (B,), or, of mixed images, the share of each class (B, K). Losses of labels
     come from ``state.cross_entropy`` and updates from ``state.minimize``, which know the recipe.
     One that trains several networks in turn also offers what ``Staged`` lists; one that steps
-    other groups than experts and router offers a ``partition`` (``pipeline.state``).
+    other groups than experts and router offers a ``partition`` (``pipeline.state``); one that does
+    not train against an attack names ``selects = "val/sa"``, see ``selects``.
     """
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...
@@ -39,3 +40,12 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "jtdmoe": JTDMoE,
     "gaussian": Gaussian,
 }
+
+
+def selects(algorithm: Algorithm) -> str:
+    """Name the metric whose highest value on the validation split selects the epoch to deploy.
+
+    Robust accuracy, unless the algorithm knows of no attack: without one it falls from some early
+    epoch on, and would select a net that has hardly learned.
+    """
+    return str(getattr(algorithm, "selects", "val/ra"))

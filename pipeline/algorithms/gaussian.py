@@ -1,6 +1,7 @@
 """Training on noisy images: what a classifier needs before it is smoothed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Gaussian:
         ValueError: sigma is negative.
     """
 
+    selects: ClassVar[str] = "val/sa"
     sigma: float = 0.25
 
     def __post_init__(self) -> None:

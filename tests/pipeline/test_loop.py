@@ -197,6 +197,20 @@ def test_best_checkpoint_is_the_one_of_the_best_validation(straight: tuple[Path,
     assert best["best"] == max(accuracies)
 
 
+@pytest.mark.parametrize(("algorithm", "epoch"), [("adv_moe", 1), ("standard", 3)])
+def test_training_without_an_attack_keeps_the_epoch_of_the_best_clean_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, epoch: int
+) -> None:
+    falling = iter([0.3, 0.2, 0.1])
+
+    def scripted(*_: Any) -> dict[str, float]:
+        return {"val/ra": (ra := next(falling)), "val/sa": 1 - ra}
+
+    monkeypatch.setattr(loop, "validate", scripted)
+    run(override(TINY, {"algorithm": algorithm}), tmp_path)
+    assert checkpoint.verify(tmp_path / "checkpoints" / "best")["epoch"] == epoch
+
+
 def test_run_with_the_same_seed_is_the_same_to_the_bit(
     straight: tuple[Path, Events], tmp_path: Path
 ) -> None:
