@@ -37,12 +37,13 @@ or a checkpoint folder. What was found before is not attacked again.
                              models, attacked as what they are
   mix=probabilities|logits   what is mixed (default: that of joint, else probabilities)
   joint=RUN                  draw a jointly trained dual model over the same weights too
+  beside=RUN,RUN             draw these single models too, attacked alike
   transfer=true|false        images made on either half alone, as an attack (default: true)
   measure=a,b,...            of those of pipeline.evaluate (default: {",".join(END_OF_RUN)})
   tier, checks, cascade, reuse, batch, workers, evaluation.*, dataset.path, dataset.test_images,
   experiment, storage, tracking_uri as in pipeline.evaluate
 """
-OWN = ("alpha", "mix", "joint", "transfer")
+OWN = ("alpha", "mix", "joint", "beside", "transfer")
 
 
 def run(argv: list[str]) -> int:
@@ -73,12 +74,14 @@ def run(argv: list[str]) -> int:
     try:
         halves = [read_half(name, where) for name in names]
         both = read_half(joint, where) if joint else None
+        beside = [read_half(name, where) for name in filter(None, own.get("beside", "").split(","))]
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
     known = getattr(both.config.backbone, "mix", "") if both else ""
     mix: Mix = parse("mix", own.get("mix", known or "probabilities"), Mix)
     sweep = Sweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
-    return draw(halves, both, sweep, {"workers": 1, "batch_size": 2 * where.workers, **settings})
+    changes = {"workers": 1, "batch_size": 2 * where.workers, **settings}
+    return draw(halves, both, beside, sweep, changes)
 
 
 def read_alphas(text: str) -> tuple[float, ...]:
@@ -89,7 +92,13 @@ def read_alphas(text: str) -> tuple[float, ...]:
     return tuple(alphas)
 
 
-def draw(halves: Sequence[Half], both: Half | None, sweep: Sweep, changes: dict[str, Any]) -> int:
+def draw(
+    halves: Sequence[Half],
+    both: Half | None,
+    beside: Sequence[Half],
+    sweep: Sweep,
+    changes: dict[str, Any],
+) -> int:
     """Attack every mixture of the pairs; write the table and the plot, and track them."""
     pairs: dict[str, tuple[Half, Half]] = {}
     if halves:
@@ -97,8 +106,11 @@ def draw(halves: Sequence[Half], both: Half | None, sweep: Sweep, changes: dict[
     if both is not None:
         pairs["joint"] = split(both)
     base = next(iter(pairs.values()))[1].config
-    for half in (half for pair in pairs.values() for half in pair):
+    for half in (*(half for pair in pairs.values() for half in pair), *beside):
         check_same(half.config, base)
+    if len({*pairs, *(half.config.name for half in beside)}) < len(pairs) + len(beside):
+        names = ", ".join(half.config.name for half in beside)
+        raise ValueError(f"beside must be runs of different names, not {', '.join(pairs)}: {names}")
     config = override(base, changes)
     try:
         splits = config.dataset.load(config.seed)
@@ -112,22 +124,27 @@ def draw(halves: Sequence[Half], both: Half | None, sweep: Sweep, changes: dict[
             points.append(point)
         own = both.config.backbone.alpha if both and name == "joint" else None  # type: ignore[attr-defined]
         curves.append(Curve(name, tuple(points), own))
-    track(config, [half.name for half in halves], both, sweep, curves, follower)
+    alone = replace(sweep, alphas=(1.0,))
+    for half in beside:
+        (point,) = attacked(half, half, alone, config, splits.test, follower)
+        follower.say(f"{half.config.name}: {point.headline}")
+        curves.append(Curve(half.config.name, (point,), single=True))
+    runs = dict(zip(("dual_standard", "dual_robust"), (h.name for h in halves), strict=False))
+    runs |= {"dual_joint": both.name} if both else {}
+    runs |= {"dual_beside": " ".join(half.name for half in beside)} if beside else {}
+    track(config, runs, sweep, curves, follower)
     return 0
 
 
 def track(
     config: Config,
-    names: Sequence[str],
-    both: Half | None,
+    runs: dict[str, str],
     sweep: Sweep,
     curves: Sequence[Curve],
     follower: Follower,
 ) -> None:
     """Write table and plot, and a run in MLflow whose steps are thousandths of alpha."""
-    tags = dict(zip(("dual_standard", "dual_robust"), names, strict=False))
-    tags |= {"dual_joint": both.name} if both else {}
-    tags |= {EVALUATED: " ".join(tags.values()), "mix": sweep.mix}
+    tags = runs | {EVALUATED: " ".join(runs.values()), "mix": sweep.mix}
     asked = [flatten(config), tags, sweep.alphas, sorted(curves[0].points[0].metrics)]
     root = storage_root(config.storage) / config.experiment
     home = root / f"dual {config.name}-{digest(json.dumps(asked, sort_keys=True))[:8]}"

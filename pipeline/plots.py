@@ -149,7 +149,7 @@ def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
         axes.errorbar(
             x, y, xerr=spread[0], yerr=spread[1], elinewidth=0.4, label=curve.name, **style
         )
-        for point, *at in zip(drawn, x, y, strict=True):
+        for point, *at in () if curve.single else zip(drawn, x, y, strict=True):
             words = f"{point.alpha:g}"
             axes.annotate(words, at, (4, 4), textcoords="offset points", fontsize=7)
             if alone := {0.0: ("standard", "s"), 1.0: ("robust", "^")}.get(point.alpha):

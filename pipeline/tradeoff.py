@@ -48,13 +48,15 @@ class Curve:
     """A pair of halves over the weights, in ascending order.
 
     Attributes:
-        name: ``post hoc`` or ``joint``.
+        name: ``post hoc``, ``joint``, or a run's own.
         trained: The weight that it was trained at, None for two single models.
+        single: Whether it is one model beside the pairs, a single point without a weight.
     """
 
     name: str
     points: tuple[Point, ...]
     trained: float | None = None
+    single: bool = False
 
     @property
     def prefix(self) -> str:
@@ -71,6 +73,8 @@ def columns(curves: Sequence[Curve]) -> list[str]:
 
 def title(curve: Curve, point: Point) -> str:
     """Say what a row is: at the ends of a curve one half alone."""
+    if curve.single:
+        return f"{curve.name}, single model"
     alone = {0.0: "standard", 1.0: "robust"}.get(point.alpha)
     words = f"{alone} model alone" if alone else "dual"
     return f"{curve.name}, {words}{', as trained' if curve.trained == point.alpha else ''}"
@@ -85,7 +89,8 @@ def write_csv(curves: Sequence[Curve], path: Path) -> None:
         for curve in curves:
             for point in curve.points:
                 values = [point.metrics.get(name, "") for name in ends]
-                about = [curve.name, title(curve, point), point.alpha, point.images]
+                alpha = "" if curve.single else point.alpha
+                about = [curve.name, title(curve, point), alpha, point.images]
                 rows.writerow([*about, *values, point.verdict])
 
 
@@ -96,7 +101,8 @@ def as_markdown(curves: Sequence[Curve]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for curve in curves:
         for point in curve.points:
-            cells = [title(curve, point), f"{point.alpha:g}", *map(point.shown, names)]
+            alpha = "" if curve.single else f"{point.alpha:g}"
+            cells = [title(curve, point), alpha, *map(point.shown, names)]
             lines.append(f"| {' | '.join([*cells, point.verdict])} |")
     images = curves[0].points[0].images
     note = f"Percent of {images} test images, 95% Wilson intervals; `ra_worst` is the number to"

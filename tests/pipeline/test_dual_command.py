@@ -114,6 +114,25 @@ def test_ends_of_a_sweep_are_the_single_models(
             assert float(shown[1]) == pytest.approx(100 * float(row[metric]), abs=0.051)
 
 
+def test_single_models_stand_beside_the_pairs(
+    runs: dict[str, Path], at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(runs["standard"]), str(runs["robust"]), "alpha=0,1", "measure=sa,ra_pgd"]
+    assert dual.run([*command, f"beside={runs['standard']},{runs['robust']}"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [(row["model"], row["alpha"]) for row in rows[2:]] == [
+        ("standard, single model", ""),
+        ("robust, single model", ""),
+    ]
+    own = ("curve", "model", "alpha")
+    for alone, end in zip(rows[2:], rows[:2], strict=True):
+        assert {k: v for k, v in alone.items() if k not in own} == {
+            k: v for k, v in end.items() if k not in own
+        }
+    with pytest.raises(ValueError, match="beside must be runs of different names"):
+        dual.run([*command, f"beside={runs['robust']},{runs['robust']}"])
+
+
 def test_evaluate_judges_a_jointly_trained_run_as_deployed(
     runs: dict[str, Path], at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
