@@ -96,7 +96,7 @@ class Head:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        deadline = time.monotonic() + 5  # its agents outlive it
+        deadline = time.monotonic() + 30
         while alive(below) and time.monotonic() < deadline:
             time.sleep(0.5)
         for line in alive(below):

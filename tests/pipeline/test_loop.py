@@ -197,7 +197,7 @@ def test_best_checkpoint_is_the_one_of_the_best_validation(straight: tuple[Path,
     assert best["best"] == max(accuracies)
 
 
-@pytest.mark.parametrize(("algorithm", "epoch"), [("adv_moe", 1), ("standard", 3)])
+@pytest.mark.parametrize(("algorithm", "epoch"), [("adv_moe", 1), ("standard", 3), ("gaussian", 3)])
 def test_training_without_an_attack_keeps_the_epoch_of_the_best_clean_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, epoch: int
 ) -> None:
