@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from moe.normalize import Normalize
 from moe.routing import Route, Routed, Routing, at_least_float32
 
-PIECE = 32  # images that run end to end at a time on a CPU: activations stay in cache
+PIECE = 64  # images at most that run end to end at a time on a CPU: activations stay in cache
 
 
 class Network(nn.Module):
@@ -104,8 +106,8 @@ class Network(nn.Module):
         """Score the experts on normalized images: (B, E), zeros (B, 1) for a dense net."""
         if self.router is None:
             return x_BCHW.new_zeros(len(x_BCHW), 1)
-        parts = [x_BCHW] if self.router.training else torch.split(x_BCHW, _piece(x_BCHW))
-        return at_least_float32(torch.cat([self.router(part) for part in parts]))
+        parts = 1 if self.router.training else max(1, math.ceil(len(x_BCHW) / _piece(x_BCHW)))
+        return at_least_float32(torch.cat([self.router(part) for part in x_BCHW.chunk(parts)]))
 
     def _follow(self, x_BCHW: Tensor, route: Route) -> Tensor:
         x_BCHW = x_BCHW[route.order_B] if len(route.counts) > 1 else x_BCHW

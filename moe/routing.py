@@ -5,6 +5,7 @@ Shapes: B images, E experts, K classes, L mixture layers, CHW channels and sides
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -98,13 +99,14 @@ class Route:
         return Route(here_B, here_B, counts, gate_B, torch.full_like(here_B, expert))
 
     def pieces(self, size: int) -> list[tuple[slice, Route]]:
-        """Cut the sorted batch into runs of at most ``size`` images with one expert each."""
-        cuts, end = [], 0
+        """Cut the sorted batch into even runs of at most ``size`` images with one expert each."""
+        cuts, start = [], 0
         for expert, count in enumerate(self.counts):
-            start, end = end, end + count
-            for low in range(start, end, size):
-                rows = slice(low, min(low + size, end))
+            runs = math.ceil(count / size)
+            for run in range(runs):
+                rows = slice(start + count * run // runs, start + count * (run + 1) // runs)
                 cuts.append((rows, self.piece(expert, rows)))
+            start += count
         return cuts
 
 

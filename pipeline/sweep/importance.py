@@ -130,7 +130,7 @@ def importance_table(sweep: Sweep, compared: Sequence[Trial]) -> Table:
     return Table(
         title,
         (*names, *(axis.title for axis in sweep.axes)),
-        tuple(rows) if n > 1 else (),
+        tuple(rows) if n > 2 else (),  # of two trials the ranks agree, or disagree, wholly
         words=("setting",),
         notes=(NOTE, *((few,) if n < ENOUGH else ())),
     )

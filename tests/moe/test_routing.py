@@ -55,8 +55,9 @@ def test_route_rejects_another_batch_and_unknown_experts() -> None:
 def test_pieces_cover_the_sorted_batch_with_one_expert_each(size: int) -> None:
     chosen_B = torch.tensor([3, 0, 3, 3, 0, 1, 3, 3, 0])  # nobody chose expert 2
     route = Route.fixed(chosen_B, torch.zeros(9, 4))
-    seen = []
+    seen, sizes = [], dict[int, list[int]]()
     for rows, own in route.pieces(size):
+        sizes.setdefault(int(own.chosen_B[0]), []).append(len(own.chosen_B))
         here_B = torch.arange(9)[rows]
         assert 1 <= len(here_B) <= size
         assert sum(own.counts) == len(here_B)
@@ -65,6 +66,9 @@ def test_pieces_cover_the_sorted_batch_with_one_expert_each(size: int) -> None:
         assert len(own.gate_B) == len(here_B)
         seen += here_B.tolist()
     assert seen == list(range(9))
+    for expert, count in ((0, 3), (1, 1), (3, 5)):
+        assert len(sizes[expert]) == -(-count // size)
+        assert max(sizes[expert]) - min(sizes[expert]) <= 1
 
 
 def test_routing_keeps_each_layers_scores_and_decisions_in_order() -> None:

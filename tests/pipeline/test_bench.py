@@ -1,7 +1,9 @@
 """The bench command at a tiny size, and the plain update against the fast one. Never the time."""
 
 import copy
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,8 +55,33 @@ def test_benchmark_prints_conditions_and_ratios(
     shown = capsys.readouterr().out
     assert f"torch {torch.__version__}" in shown
     assert "num_experts=2 ratio=0.125" in shown
+    assert re.search(r"memory +(kept|returned to the system) when freed", shown)
     assert len(re.findall(r"\d\.\d\d x faster", shown)) == 4
     assert "load of the experts: 0." in shown
+
+
+PAGES = """
+import resource
+from pipeline.bench.__main__ import keep_heap
+faults, kept = [], {kept} and keep_heap()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (150, 70, 110):
+        b"1" * (size * 2**20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, faults[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_kept_heap_spares_large_blocks_their_page_faults() -> None:
+    found = []
+    for kept in (False, True):
+        script = [sys.executable, "-c", PAGES.format(kept=kept)]
+        found.append(subprocess.check_output(script, text=True).split())
+    assert [kept for kept, _ in found] == ["False", "True"]
+    by_default, when_kept = (int(faults) for _, faults in found)
+    assert when_kept < by_default / 100
 
 
 def test_autoattack_breaks_the_same_images_and_prints_both_ratios(

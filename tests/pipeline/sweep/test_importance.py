@@ -79,6 +79,9 @@ def test_few_trials_claim_nothing_and_many_do() -> None:
     few = importance_table(*with_trials(rows(ENOUGH - 1)))
     assert few.rows[0][2].endswith("too few")
     assert "9 trials are too few to tell (fewer than 10): nothing is claimed." in few.notes
+    two = importance_table(*with_trials(rows(2)))
+    assert not two.rows, "the ranks of two trials always correlate by 1 or -1"
+    assert two.notes[-1].startswith("2 trials are too few to tell")
     many = importance_table(*with_trials(rows(31)))
     assert many.rows[0][2].startswith("+1.00 (")
     assert many.rows[0][2].endswith("p < 0.001")
