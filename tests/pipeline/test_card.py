@@ -70,6 +70,8 @@ def test_report_has_a_line_for_each_check_and_every_plot(
         assert part in text
     for name in CHECKS:
         assert f"\n| {name} | " in text
+    chosen_by = "SA" if changes.get("algorithm") == "standard" else "RA under PGD-10"
+    assert f"Model selected on the validation split by {chosen_by};" in text
     plots = {"accuracy_over_eps", "waterfall"}
     if config.backbone.num_experts > 1:
         plots |= {"class_load", "flips", "router_margins"}
