@@ -16,10 +16,12 @@ usage: python -m pipeline.report [EXPERIMENT] [key=value ...] [--help]
 
 Lay out the finished runs of an MLflow experiment (default: robust-moe) as the paper does: a block
 for each backbone, dataset and threat, a row for each algorithm, seeds averaged, and the difference
-to the dense net with its 95% interval. Printed, and written as CSV, Markdown and PNG.
+to the dense net, or another row, with its 95% interval. Printed, and written as CSV, Markdown
+and PNG.
 
   key=value     only runs with this setting: epochs=16 dataset=cifar10,cifar100
   grid=RUN      only the cells of this parent run
+  over=ROW      the row to subtract, such as s_dense or moe_at (default: dense)
   tracking_uri  MLflow (default: MLFLOW_TRACKING_URI, else mlflow.db in the working directory)
   out           folder to write to (default: report)
 """
@@ -30,6 +32,7 @@ def run(argv: list[str]) -> int:
     given = read_arguments(argv, usage=USAGE)
     wanted = dict(given.settings)
     uri, out = wanted.pop("tracking_uri", ""), Path(wanted.pop("out", "report"))
+    over = wanted.pop("over", "dense")
     experiment = given.names[0] if given.names else "robust-moe"
     try:
         found = find(uri, experiment, wanted)
@@ -38,7 +41,7 @@ def run(argv: list[str]) -> int:
     if not found.runs:
         counts = ", ".join(f"{n} {why}" for why, n in found.left_out.items()) or "none at all"
         return fail(f"no finished training run in experiment {experiment!r}: {counts}", 1)
-    blocks = blocks_of(found.runs)
+    blocks = blocks_of(found.runs, over)
     print(as_text(blocks, found.left_out))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(blocks, out / "report.csv")

@@ -30,13 +30,14 @@ class Row:
 
     Attributes:
         kind: Key of ``cells.ROWS``, or the run's own name for anything else.
-        note: In what the dense net that it is compared with differs, besides its form.
+        base: The row that its differences are to, if any.
+        note: In what that row's runs differ, besides their form.
     """
 
     kind: str
     title: str
     runs: tuple[Run, ...]
-    dense: Row | None = None
+    base: Row | None = None
     note: str = ""
 
     @property
@@ -51,7 +52,10 @@ class Row:
             run.tags for run in self.runs if run.tags.get("verdict", "reliable") != "reliable"
         ]
         counts = Counter(tags["verdict"] for tags in judged)
-        why = "; ".join(sorted({tags.get("verdict_why", "") for tags in judged} - {""}))
+        reasons = dict[str, str]()  # one run's words for each check: the others' figures are alike
+        for why in sorted({tags.get("verdict_why", "") for tags in judged} - {""}):
+            reasons.setdefault(why.partition(":")[0], why)
+        why = "; ".join(reasons.values())
         return [
             f"{count} of {len(self.runs)} run(s) judged {verdict}" + (f" ({why})" if why else "")
             for verdict, count in counts.items()
@@ -71,10 +75,10 @@ class Row:
         return sum(values) / len(values) if len(values) == len(self.runs) else None
 
     def gain(self, metric: str) -> Difference | None:
-        """Subtract the dense net's share; None where there is none to compare with."""
-        if self.dense is None or self.dense is self:
+        """Subtract the base's share; None where there is none to compare with."""
+        if self.base is None or self.base is self:
             return None
-        own, other = self.share(metric), self.dense.share(metric)
+        own, other = self.share(metric), self.base.share(metric)
         return None if own is None or other is None else difference(own, other)
 
 
@@ -87,6 +91,7 @@ class Block:
     conditions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     apart: str = ""  # from other blocks of the same title
+    over: str = "dense"  # kind of the row that the others are compared with
 
     @property
     def title(self) -> str:
@@ -125,14 +130,24 @@ def fraction(text: str) -> str:
     return f"{round(parts * 4) / 4:g}/255" if whole else f"{float(text):g}"
 
 
-def blocks_of(runs: Iterable[Run]) -> list[Block]:
-    """Group runs: blocks by net, data and threat; rows by all settings but the seed."""
+def blocks_of(runs: Iterable[Run], over: str = "dense") -> list[Block]:
+    """Group runs: blocks by net, data and threat; rows by all settings but the seed.
+
+    Args:
+        over: Kind of the rows that the others are compared with, a key of ``cells.ROWS``.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if over not in ROWS:
+        raise ValueError(f"over must be one of {', '.join(ROWS)}, got {over!r}")
     blocks: dict[object, Block] = {}
     rows: dict[object, list[Run]] = {}
     for run in runs:
         conditions = conditions_of(run)
         key = (run.params["backbone"], run.params["dataset"], *conditions.items())
-        blocks.setdefault(key, Block(run.params["backbone"], run.params["dataset"], conditions))
+        block = Block(run.params["backbone"], run.params["dataset"], conditions, over=over)
+        blocks.setdefault(key, block)
         rows.setdefault((key, *sorted(run.settings.items())), []).append(run)
     for (key, *_), members in rows.items():  # type: ignore[misc]
         members.sort(key=lambda run: run.seed)
@@ -141,7 +156,7 @@ def blocks_of(runs: Iterable[Run]) -> list[Block]:
         block.rows.sort(key=rank)
         name_rows(block.rows)
         for row in block.rows:
-            row.dense, row.note = dense_for(row, block.rows)
+            row.base, row.note = base_for(row, block.rows, over)
     for block in blocks.values():
         same = [other.conditions for other in blocks.values() if other.title == block.title]
         keys = [k for k in block.conditions if len({str(c.get(k)) for c in same}) > 1]
@@ -211,9 +226,9 @@ def short(text: str | None) -> str:
         return str(text) if len(str(text)) < 64 else str(text)[:8]
 
 
-def dense_for(row: Row, rows: Sequence[Row]) -> tuple[Row | None, str]:
-    """Find the dense net to compare with: the one trained most alike; say what is not."""
-    found = [other for other in rows if other.kind == "dense"]
+def base_for(row: Row, rows: Sequence[Row], over: str) -> tuple[Row | None, str]:
+    """Find the row of a kind to compare with: the one trained most alike; say what is not."""
+    found = [other for other in rows if other.kind == over]
     if not found:
         return None, ""
     best = min(found, key=lambda other: len(apart(row.settings, other.settings)))

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.cells import ROWS
 from pipeline.console import aligned
 from pipeline.report.grouping import Block, Row
 from pipeline.report.statistics import BOTH, IMAGES, SEEDS, Difference, Estimate
@@ -24,7 +25,8 @@ def header(block: Block) -> tuple[str, ...]:
     ra = f"RA (PGD-{block.ra.removeprefix('test/ra_pgd')})"
     names = ["algorithm", "n", "SA", ra, "RA worst"]
     names += ["RA-AA"] if has_auto_attack(block) else []
-    return (*names, "GMAC", "params", "images/s", f"{ra} - Dense", "RA worst - Dense")
+    base = ROWS[block.over].title.removeprefix("AT (").removesuffix(")")
+    return (*names, "GMAC", "params", "images/s", f"{ra} - {base}", f"RA worst - {base}")
 
 
 def has_auto_attack(block: Block) -> bool:
@@ -83,7 +85,8 @@ def foot(blocks: Sequence[Block], left_out: Mapping[str, int]) -> list[str]:
     for block in blocks:
         for row in block.rows:
             who = f"{block.title}, {row.title}"
-            lines += [f"* {who}: compared with a dense net with {row.note}."] if row.note else []
+            if row.base and row.note:
+                lines.append(f"* {who}: compared with {row.base.title} with {row.note}.")
             lines += [f"† {who}: {text}." for text in row.doubts]
     for name in dict.fromkeys(block.title for block in blocks if block.apart):
         same = [block.apart for block in blocks if block.title == name]
@@ -121,8 +124,9 @@ def write_csv(blocks: Sequence[Block], path: Path) -> None:
     """Write every row with full precision: shares and differences as fractions of 1."""
     shares = {"sa": "test/sa", "ra": "", "ra_worst": "test/ra_worst", "ra_aa": "test/ra_aa"}
     ends = ("mean", "std", "low", "high")
+    over = blocks[0].over
     gains = [
-        f"{name}_minus_dense{end}"
+        f"{name}_minus_{over}{end}"
         for name in ("ra", "ra_worst")
         for end in ("", "_low", "_high", "_over")
     ]

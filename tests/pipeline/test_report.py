@@ -171,6 +171,26 @@ def test_grid_is_laid_out_and_written(server: Server, tmp_path: Path, capsys: An
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(PNG)
 
 
+def test_differences_can_be_to_another_row(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = server.experiment("over")
+    server.add(where, "dense", hits(580, 300, 290))
+    server.add(where, "s_dense", hits(500, 260, 240), epochs=20)
+    server.add(where, "adv_moe", hits(500, 250, 250))
+    given = ["over", f"tracking_uri={server.uri}", f"out={tmp_path}"]
+    assert run([*given, "over=s_dense"]) == 0
+    out = capsys.readouterr().out
+    assert "RA worst - S-Dense" in out
+    assert f"AdvMoE: compared with AT (S-Dense) with epochs 20 there, {EPOCHS} here." in out
+    dense, narrow, ours = csv.DictReader((tmp_path / "report.csv").open())
+    assert float(dense["ra_worst_minus_s_dense"]) == pytest.approx(0.05)
+    assert narrow["ra_worst_minus_s_dense"] == ""
+    assert float(ours["ra_minus_s_dense"]) == pytest.approx(-0.01)
+    with pytest.raises(ValueError, match=r"over must be one of dense, s_dense, .*, got 'none'"):
+        run([*given, "over=none"])
+
+
 def test_different_threats_and_data_are_never_averaged(
     server: Server, capsys: Any, tmp_path: Path
 ) -> None:
@@ -233,6 +253,12 @@ def test_numbers_that_the_checks_do_not_stand_behind_are_marked(
     assert "AdvMoE†" in out
     assert "AT (Dense)†" not in out
     assert "AdvMoE: 1 of 1 run(s) judged unreliable (Square wins)." in out
+    for seed, words in enumerate(("gap: of 4.1", "gap: of 3.2", "noise: stronger")):
+        tags = {"verdict": "unreliable", "verdict_why": words}
+        server.add(where, "moe_at", hits(500, 300, 290), tags=tags, seed=seed)
+    run(["doubts", f"tracking_uri={server.uri}", f"out={tmp_path}"])
+    told = "3 of 3 run(s) judged unreliable (gap: of 3.2; noise: stronger)."
+    assert told in capsys.readouterr().out
 
 
 def test_of_equal_settings_and_seed_the_newest_run_counts(server: Server) -> None:
