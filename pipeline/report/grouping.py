@@ -52,10 +52,7 @@ class Row:
             run.tags for run in self.runs if run.tags.get("verdict", "reliable") != "reliable"
         ]
         counts = Counter(tags["verdict"] for tags in judged)
-        reasons = dict[str, str]()  # one run's words for each check: the others' figures are alike
-        for why in sorted({tags.get("verdict_why", "") for tags in judged} - {""}):
-            reasons.setdefault(why.partition(":")[0], why)
-        why = "; ".join(reasons.values())
+        why = "; ".join(sorted({tags.get("verdict_why", "") for tags in judged} - {""}))
         return [
             f"{count} of {len(self.runs)} run(s) judged {verdict}" + (f" ({why})" if why else "")
             for verdict, count in counts.items()

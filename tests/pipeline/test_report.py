@@ -253,11 +253,11 @@ def test_numbers_that_the_checks_do_not_stand_behind_are_marked(
     assert "AdvMoE†" in out
     assert "AT (Dense)†" not in out
     assert "AdvMoE: 1 of 1 run(s) judged unreliable (Square wins)." in out
-    for seed, words in enumerate(("gap: of 4.1", "gap: of 3.2", "noise: stronger")):
+    for seed, words in enumerate(("gap: of 4.1", "gap: of 3.2; noise: stronger", "gap: of 4.1")):
         tags = {"verdict": "unreliable", "verdict_why": words}
         server.add(where, "moe_at", hits(500, 300, 290), tags=tags, seed=seed)
     run(["doubts", f"tracking_uri={server.uri}", f"out={tmp_path}"])
-    told = "3 of 3 run(s) judged unreliable (gap: of 3.2; noise: stronger)."
+    told = "3 of 3 run(s) judged unreliable (gap: of 3.2; noise: stronger; gap: of 4.1)."
     assert told in capsys.readouterr().out
 
 
