@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.dual import Dual
+from moe.dual_model import Dual
 from moe.network import Network, is_router_parameter
 
 

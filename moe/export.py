@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.dual import Dual, blend
-from moe.folding import fold
+from moe.dual_model import Dual, blend
+from moe.fold_batchnorm import fold
 from moe.layers import ConvNorm, MoEConv2d
-from moe.mixture import Mixture, best, mixed
+from moe.mixture_of_networks import Mixture, best, mixed
 from moe.network import Network
 
 
@@ -26,7 +26,7 @@ def exportable(model: Network) -> nn.Module:
     can. Here every mixture convolution gathers the filters of each image's expert and runs them
     as one convolution of B groups: the same hard routing and the same multiply-accumulates, in a
     graph whose batch size stays free. It holds B sets of filters at a time, so it is meant for
-    single images and small batches; ``moe.folding.fold`` is the copy for large ones.
+    single images and small batches; ``moe.fold_batchnorm.fold`` is the copy for large ones.
 
     Of whole networks as experts each runs on every image, and those that take part are mixed: E
     times the work, of which ``top_k`` are wanted.

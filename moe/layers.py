@@ -189,7 +189,7 @@ class MoEConv2d(nn.Module):
         self.num_experts, self.stride, self.padding = num_experts, stride, kernel // 2
         shape = (num_experts * out_channels, in_channels, kernel, kernel)
         self.weight_FCRR = nn.Parameter(torch.empty(shape))
-        self.bias_D: Tensor | None = None  # only a folded layer has one, see moe.folding
+        self.bias_D: Tensor | None = None  # only a folded layer has one, see moe.fold_batchnorm
         self.gate = LinearGate(in_channels, num_experts) if gated and num_experts > 1 else None
         for weight_DCRR in self.weight_FCRR.detach().chunk(num_experts):
             nn.init.kaiming_normal_(weight_DCRR, mode="fan_out", nonlinearity="relu")

@@ -29,7 +29,7 @@ class Network(nn.Module):
     Attributes:
         gate_gradient: Whether gates carry the straight-through gradient to the router, which is
             what trains it. The deployed function is constant in its gates almost everywhere, so
-            its true gradient is the one without; see ``moe.folding.fold``.
+            its true gradient is the one without; see ``moe.fold_batchnorm.fold``.
     """
 
     def __init__(

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.certify import (
+from moe.certification.difference_constants import sampled_constant
+from moe.certification.margin_floor import floor_radius
+from moe.certification.radii import (
     Constants,
     Seen,
     Status,
@@ -26,12 +28,10 @@ from moe.certify import (
     theorem_radius,
     theorem_radius_per_class,
 )
-from moe.floors import floor_radius
-from moe.folding import fold
-from moe.lipschitz import sampled_constant
+from moe.certification.route_radius import route_radius
+from moe.certification.smoothing import ABSTAIN, Smoothing
+from moe.fold_batchnorm import fold
 from moe.network import Network
-from moe.smoothing import ABSTAIN, Smoothing
-from moe.stable_routes import route_radius
 from pipeline.data.loading import Images, to_float
 from pipeline.measures.interval import wilson
 from pipeline.plots import _axes

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moe.certify import Constants
+from moe.certification.lipschitz_bounds import NoBoundError
+from moe.certification.radii import Constants
+from moe.certification.smoothing import Smoothing
 from moe.network import Network
-from moe.reach import NoBoundError
-from moe.smoothing import Smoothing
 from pipeline import checkpoint
 from pipeline.certificates import (
     DETERMINISTIC,

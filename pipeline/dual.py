@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe.dual import Mix, check_mix
+from moe.dual_model import Mix, check_mix
 from pipeline import checkpoint
 from pipeline.command import fail, main, read_arguments
 from pipeline.config import Config, flatten, override, parse

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.config import Config, name_of
 from pipeline.data.loading import Images, even_subset, to_float

@@ -13,7 +13,7 @@ import torch
 
 from moe.backbones import dense_twin
 from moe.cost import cost
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.config import Config, flatten

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe.backbones.dual import DualNetworks
-from moe.dual import Dual, Mix
-from moe.folding import fold
+from moe.dual_model import Dual, Mix
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.algorithms.standard import Standard

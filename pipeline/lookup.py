@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.config import Config, flatten

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.diagnostics import load
+from moe.routing_stats import load
 from pipeline import checkpoint, pretrained
 from pipeline.algorithms import selects
 from pipeline.algorithms.staged import Staged

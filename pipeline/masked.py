@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers import MoEConv2d, pixels_read
-from moe.mixture import Mixture
+from moe.mixture_of_networks import Mixture
 from moe.network import Network
 from moe.routing import Routed, Routing, straight_through_top1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moe.diagnostics import class_load
+from moe.routing_stats import class_load
 from pipeline.card import card, claim
 from pipeline.config import Config
 from pipeline.examine import Findings, waterfall

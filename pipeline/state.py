@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import UNSEEDED, Draw
@@ -42,7 +42,7 @@ class Partition:
 
 COMPONENTS = Partition(GROUPS, lambda name: "router" if is_router_parameter(name) else "experts")
 HALVES = Partition(("standard", "robust"), lambda name: name.partition(".")[0])
-"""Of a dual model (``moe.dual``), each half with its router."""
+"""Of a dual model (``moe.dual_model``), each half with its router."""
 
 
 def partition_of(algorithm: object) -> Partition:

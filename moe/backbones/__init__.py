@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+from moe.backbones.base import Backbone as Backbone
+from moe.backbones.base import RouterScope as RouterScope
 from moe.backbones.densenet import DenseNet
 from moe.backbones.dual import DualNetworks
 from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
-from moe.backbones.protocols import Backbone as Backbone
-from moe.backbones.protocols import RouterScope as RouterScope
 from moe.backbones.resnet import ResNet18
 from moe.backbones.small import Small
 from moe.backbones.vgg import VGG16

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.backbones.parts import (
+from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
     Activation,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe.backbones.base import Backbone, RouterScope
 from moe.backbones.mixture import NetworkMixture
-from moe.backbones.protocols import Backbone, RouterScope
-from moe.dual import Dual, Mix, check_mix
+from moe.dual_model import Dual, Mix, check_mix
 from moe.network import Network
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe.backbones.parts import assemble, check, scaled
+from moe.backbones.blocks import assemble, check, scaled
 from moe.network import Network
 from moe.routing import Routing, at_least_float32
 

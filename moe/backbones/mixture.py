@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe.backbones.parts import check
-from moe.backbones.protocols import Backbone, RouterScope
+from moe.backbones.base import Backbone, RouterScope
+from moe.backbones.blocks import check
 from moe.backbones.small import Small
-from moe.mixture import Gate, LinearRouter, Mix, Mixture, check_gate
+from moe.mixture_of_networks import Gate, LinearRouter, Mix, Mixture, check_gate
 from moe.network import Network
 from moe.routers import ImageRouter
 

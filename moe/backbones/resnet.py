@@ -11,7 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.backbones.parts import (
+from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
     Activation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moe.backbones.parts import (
+from moe.backbones.blocks import (
     ACTIVATIONS,
     Activation,
     BasicBlock,

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.backbones.parts import assemble, check, scaled
-from moe.backbones.protocols import RouterScope
+from moe.backbones.base import RouterScope
+from moe.backbones.blocks import assemble, check, scaled
 from moe.network import Network
 from moe.routing import Routing, at_least_float32
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from moe.backbones.parts import (
+from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
     Activation,

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe.dual import Dual
-from moe.folding import fold
+from moe.dual_model import Dual
+from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
 from pipeline.algorithms.rt_er import Robustify, check_settings, rt_er_terms
 from pipeline.attacks import Attack

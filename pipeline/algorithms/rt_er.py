@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.algorithms.aims import Aim, error
 from pipeline.attacks import Attack, Objective

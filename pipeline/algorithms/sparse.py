@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.backbones import Backbone
 from moe.network import Network
-from moe.pruning import scored, scored_body
+from moe.pruning.hydra import scored, scored_body
 from pipeline.algorithms.aims import check_aim
 from pipeline.algorithms.staged import Stage
 from pipeline.algorithms.trades import Trades

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing import Routed
 from pipeline.attacks.pgd import PGD

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor
 
-from moe.diagnostics import load
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
+from moe.routing_stats import load
 from pipeline.bench.race import Benchmark, Variant
 from pipeline.bench.settings import Settings, settle
 from pipeline.masked import masked

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moe.backbones import BACKBONES
 from moe.backbones.mixture import NetworkMixture
-from moe.folding import fold
-from moe.mixture import Mixture
+from moe.fold_batchnorm import fold
+from moe.mixture_of_networks import Mixture
 from pipeline.bench.inference import channels_last, relaid, shares
 from pipeline.bench.race import Benchmark, Variant
 from pipeline.bench.settings import CLASSES, Settings, settle

@@ -31,7 +31,7 @@ class Attacked(NamedTuple):
 
 
 class Measure(Protocol):
-    """Settings are fields; a call attacks a frozen model (``moe.folding.fold``)."""
+    """Settings are fields; a call attacks a frozen model (``moe.fold_batchnorm.fold``)."""
 
     def __init__(self, *, attack: PGD) -> None: ...
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked: ...

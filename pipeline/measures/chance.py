@@ -30,7 +30,7 @@ class Transfer:
     """RA under PGD on the margin of another network, such as the dense twin or a dual's half.
 
     Attributes:
-        source: A frozen network (``moe.folding.fold``) of the same classes and image size.
+        source: A frozen network (``moe.fold_batchnorm.fold``) of the same classes and image size.
         origin: What names it beside its weights: a hash of these and of the settings that make
             them a network.
     """

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.data.loading import Images, to_float
 from pipeline.measures.attacked import is_correct

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe.diagnostics import entropy, flip_rate, load
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
+from moe.routing_stats import entropy, flip_rate, load
 from pipeline.data.loading import Images, to_float
 from pipeline.measures import END_OF_RUN
 from pipeline.measures.attacked import Measure

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.diagnostics import flip_rate
+from moe.routing_stats import flip_rate
 
 
 def flip_rates(before: Tensor, after: Tensor, stands_N: Tensor) -> dict[str, float]:

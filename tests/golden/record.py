@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from moe.backbones import Backbone
+from moe.backbones.blocks import BasicBlock, assemble, mixture, plain
 from moe.backbones.dual import DualNetworks
-from moe.backbones.parts import BasicBlock, assemble, mixture, plain
 from moe.backbones.resnet import ResidualBody
 from moe.network import Network
 from moe.routers import ImageRouter

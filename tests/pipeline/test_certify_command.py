@@ -14,9 +14,9 @@ import torch
 from moe.backbones.lipschitz import Lipschitz
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
-from moe.certify import Status
+from moe.certification.radii import Status
+from moe.certification.smoothing import Smoothing
 from moe.network import Network
-from moe.smoothing import Smoothing
 from pipeline import certify, checkpoint
 from pipeline.algorithms.standard import Standard
 from pipeline.certificates import ROUTE_HOLDS, Found, prove, smooth, table

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.dual import Dual
+from moe.dual_model import Dual
 from pipeline import checkpoint, dual, evaluate, loop
 from pipeline.config import Config, override
 from pipeline.presets import PRESETS

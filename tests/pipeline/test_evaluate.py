@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from pipeline import evaluate, loop
 from pipeline.attacks.pgd import PGD
 from pipeline.checkpoint import load_config, load_model

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe.dual import Dual
+from moe.dual_model import Dual
 from moe.network import Network
 from pipeline.config import Config
 from pipeline.optim import build_optimizers, rate, set_rates

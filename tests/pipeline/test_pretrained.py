@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe.backbones.vit import TransformerBody
-from moe.mixture import Mixture
+from moe.mixture_of_networks import Mixture
 from pipeline import checkpoint, final, pretrained
 from pipeline.checkpoint import build_model, load_model
 from pipeline.config import Config, override

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
-from moe.dual import Dual
+from moe.dual_model import Dual
 from moe.network import Network, is_router_parameter
 from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.pgd_training import PGDTraining

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing import Routing
 from pipeline.attacks.pgd import PGD, Draw

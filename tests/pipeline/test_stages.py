@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe.cost import cost
-from moe.pruning import ScoredBody, scored_body
+from moe.pruning.hydra import ScoredBody, scored_body
 from pipeline import checkpoint, final
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.sparse import Sparse

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.vit import TransformerBody, ViT
 from moe.cost import cost
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.attacks.pgd import PGD
 from pipeline.data.loading import to_float

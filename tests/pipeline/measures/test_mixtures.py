@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.folding import fold
-from moe.mixture import Gate, Mix, Mixture
+from moe.fold_batchnorm import fold
+from moe.mixture_of_networks import Gate, Mix, Mixture
 from moe.network import Network
 from moe.routing import Route, Routing
 from pipeline.attacks.pgd import PGD

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moe.backbones import BACKBONES
-from moe.backbones.parts import ACTIVATIONS
-from moe.folding import fold
-from moe.lipschitz import affine_rows, difference_constants, sampled_constant
+from moe.backbones.blocks import ACTIVATIONS
+from moe.certification.difference_constants import (
+    affine_rows,
+    difference_constants,
+    sampled_constant,
+)
+from moe.certification.lipschitz_bounds import STEEPEST, NoBoundError, reach
+from moe.fold_batchnorm import fold
 from moe.network import Network
-from moe.reach import STEEPEST, NoBoundError, reach
 from tests.conftest import settled
 
 NETS: dict[str, dict[str, Any]] = {

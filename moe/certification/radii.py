@@ -1,7 +1,8 @@
 """Radii inside which a mixture's answer provably stands, in L-inf and pixel units.
 
 Every radius is that of an open ball around an image: no image nearer than it, in the box [0, 1], is
-classified as anything but y. Nothing here is estimated; the constants come from ``moe.lipschitz``.
+classified as anything but y. Nothing here is estimated; the constants come from
+``moe.certification.difference_constants``.
 
 Shapes: B images, E experts, K classes, D pixels times channels.
 """
@@ -16,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.lipschitz import affine_rows, difference_constants
+from moe.certification.difference_constants import affine_rows, difference_constants
+from moe.certification.lipschitz_bounds import NoBoundError
 from moe.network import Network
-from moe.reach import NoBoundError
 
 
 class Status(StrEnum):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.backbones import BACKBONES
-from moe.coupling import Coupling, couple, layers_of
+from moe.pruning.channel_groups import Coupling, couple, layers_of
 from moe.routing import Routing
 from tests.conftest import LAYERED
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.smoothing import ABSTAIN, Smoothing, lower_bound, tail
+from moe.certification.smoothing import ABSTAIN, Smoothing, lower_bound, tail
 
 
 def half_space(distance: float, dims: int = 6) -> tuple[Callable[[Tensor], Tensor], Tensor]:

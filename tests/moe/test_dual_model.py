@@ -15,9 +15,9 @@ from moe.backbones.dual import DualNetworks
 from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
 from moe.cost import cost
-from moe.dual import Dual, blend
+from moe.dual_model import Dual, blend
 from moe.export import exportable
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
 from pipeline.attacks.pgd import PGD
 from pipeline.losses import cross_entropy_per_image

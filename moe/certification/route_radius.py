@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe.certify import Constants, Seen
+from moe.certification.radii import Constants, Seen
 
 
 def route_radius(seen: Seen, proven: Constants, x_BCHW: Tensor, *, box: bool = True) -> Tensor:

@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 from moe.backbones import BACKBONES
 from moe.backbones.lipschitz import Lipschitz
-from moe.certify import (
+from moe.certification.lipschitz_bounds import NoBoundError
+from moe.certification.margin_floor import floor_radius, margin_floor
+from moe.certification.radii import (
     Constants,
     Seen,
     Status,
@@ -27,13 +29,11 @@ from moe.certify import (
     theorem_radius,
     theorem_radius_per_class,
 )
-from moe.floors import floor_radius, margin_floor
-from moe.mixture import LinearRouter, Mixture
+from moe.certification.route_radius import plane_distance, route_radius
+from moe.mixture_of_networks import LinearRouter, Mixture
 from moe.network import Network
 from moe.normalize import Normalize
-from moe.reach import NoBoundError
 from moe.routing import Routing
-from moe.stable_routes import plane_distance, route_radius
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
 from pipeline.losses import margin_per_image

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe.reach import ROUND_UP, reach
+from moe.certification.lipschitz_bounds import ROUND_UP, reach
 
 
 def affine_rows(function: Callable[[Tensor], Tensor], image_1CHW: Tensor) -> Tensor | None:

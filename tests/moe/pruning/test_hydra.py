@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from moe.backbones import BACKBONES
 from moe.cost import cost
-from moe.coupling import layers_of, weight_of
-from moe.folding import fold
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.normalize import Normalize
-from moe.pruning import ScoredBody, scored, scored_body, top_mask
+from moe.pruning.channel_groups import layers_of, weight_of
+from moe.pruning.hydra import ScoredBody, scored, scored_body, top_mask
 from moe.routing import Routing
 from tests.conftest import LAYERED, settled
-from tests.moe.test_coupling import Dense, Residual, conv
+from tests.moe.pruning.test_channel_groups import Dense, Residual, conv
 
 
 def pair(name: str, size: int, ratio: float = 0.5, scale: float = 0.25) -> tuple[Network, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from moe.folding import _fold, fold
+from moe.fold_batchnorm import _fold, fold
 from moe.network import Network
 
 NETS = {

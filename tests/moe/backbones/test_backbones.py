@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.backbones import BACKBONES
-from moe.backbones.parts import ACTIVATIONS
+from moe.backbones.blocks import ACTIVATIONS
 from moe.layers import MoEConv2d
 from moe.network import is_router_parameter
 from tests.conftest import LAYERED

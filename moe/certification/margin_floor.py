@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe.certify import Constants, Seen, margins, softmax_pairs
+from moe.certification.radii import Constants, Seen, margins, softmax_pairs
 
 BISECTIONS = 40  # of [0, 1]: to 1e-12
 

@@ -16,8 +16,8 @@ from moe.backbones.mixture import NetworkMixture
 from moe.backbones.resnet import ResNet18
 from moe.cost import cost
 from moe.export import exportable
-from moe.folding import fold
-from moe.mixture import Mixture
+from moe.fold_batchnorm import fold
+from moe.mixture_of_networks import Mixture
 from moe.routing import Routed
 from pipeline.bench.step import training_state
 from pipeline.config import Config, flatten, override, read

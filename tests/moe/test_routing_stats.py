@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.diagnostics import class_load, effective_experts, entropy, flip_rate, load
+from moe.routing_stats import class_load, effective_experts, entropy, flip_rate, load
 
 
 def test_load_is_the_share_of_decisions_idle_experts_included() -> None:

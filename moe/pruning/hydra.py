@@ -2,7 +2,7 @@
 
 HYDRA (Sehwag et al., NeurIPS 2020, arXiv:2002.10509) scores single weights; here whole channels
 are scored, so that what remains is a smaller dense network. Channels that are added together share
-a score, see ``moe.coupling``.
+a score, see ``moe.pruning.channel_groups``.
 
 Shapes: D channels of a group, N channels of the whole body (and one for what is never pruned), F
 features that a layer reads.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moe.coupling import Coupling, Layer, couple, layers_of, weight_of
 from moe.layers import MoEConv2d
 from moe.network import Network
+from moe.pruning.channel_groups import Coupling, Layer, couple, layers_of, weight_of
 from moe.routing import Routing
 
 SPREAD = 6  # the constant of HYDRA's first scores, as in Kaiming's uniform initialization

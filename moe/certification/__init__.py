@@ -1,0 +1,1 @@
+"""Certified robustness: Lipschitz bounds, certified radii, radii of stable routes, smoothing."""
