@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.data import DATASETS, OnDisk
-from pipeline.data.loading import Splits, locate
+from pipeline.data.splits import Splits, locate
 
 if TYPE_CHECKING:
     from pipeline.data.files import Place
@@ -125,8 +125,8 @@ def rows_there(folder: "Place", settings: OnDisk) -> str:
 
 def fetch(parser: Parser, name: str, to: Path | None) -> None:
     """Download a dataset, or say what to do instead."""
-    from pipeline.data.fetching import BY_HAND, FETCHED
-    from pipeline.data.fetching import fetch as fetch_named
+    from pipeline.data.download import BY_HAND, FETCHED
+    from pipeline.data.download import fetch as fetch_named
 
     if name not in DATASETS and name not in FETCHED:
         parser.error(f"no dataset {name!r}, only {', '.join(dict.fromkeys([*DATASETS, *FETCHED]))}")
@@ -178,9 +178,9 @@ def target_folder(name: str, to: Path | None) -> Path:
 
 def check(parser: Parser, target: str) -> None:
     """Decode every row of a dataset or a folder, and show what is there."""
-    from pipeline.data.checking import guess_layout
     from pipeline.data.files import find_splits, place
     from pipeline.data.parquet import Layout
+    from pipeline.data.validate import guess_layout
 
     settings = DATASETS[target]() if target in DATASETS else None
     if isinstance(settings, OnDisk):
@@ -198,8 +198,8 @@ def check(parser: Parser, target: str) -> None:
 
 def check_files(folder: "Place", splits: Sequence[str], layout: "Layout") -> None:
     """Decode every row of these splits, and show their counts and hashes."""
-    from pipeline.data.checking import check_split
     from pipeline.data.files import Place, fingerprint
+    from pipeline.data.validate import check_split
 
     table = Table("split", "rows", "classes", "per class", "pixels", "modes")
     hashes, files = [], list[Place]()

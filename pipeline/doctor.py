@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.command import main, read_arguments
-from pipeline.config import Config, override
-from pipeline.preflight import Node, capacity, dashboard_url, shortage, survey
+from pipeline.cli.arguments import main, read_arguments
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.distributed.cluster import ray_cluster
+from pipeline.distributed.dashboard import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
+from pipeline.distributed.preflight import Node, capacity, dashboard_url, shortage, survey
 from pipeline.presets import PRESETS
-from pipeline.reach import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
-from pipeline.stores import storage_root
+from pipeline.storage.sync import storage_root
 from pipeline.tracking import resolve_uri, without_password
-from pipeline.train import ray_cluster
 
 USAGE = """
 usage: python -m pipeline.doctor [PRESET] [key=value ...]

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from moe.routing_stats import load
-from pipeline import checkpoint, pretrained
+from pipeline import checkpoint
 from pipeline.algorithms import selects
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
-from pipeline.data.augmentation import Augmentation
-from pipeline.data.loading import Share, Splits, augment, to_float
-from pipeline.ema import WeightAverage
-from pipeline.final import finish
+from pipeline.context import Session, Wish
+from pipeline.data.augmentation import Augmentation, augment, to_float
+from pipeline.data.splits import Share, Splits
+from pipeline.end_of_run import finish
 from pipeline.measures import MEASURES
-from pipeline.measures.judging import judge
-from pipeline.optim import build_optimizers, set_rates
+from pipeline.measures.runner import judge
+from pipeline.optim import advance, begin, build_optimizers, moment, set_rates
+from pipeline.optimization.ema import WeightAverage
+from pipeline.optimization.state import NonFiniteError, TrainState, partition_of
 from pipeline.seeding import Noise, generator_at, seed_of
-from pipeline.session import Session, Wish
-from pipeline.stages import advance, begin, moment
-from pipeline.state import NonFiniteError, TrainState, partition_of
 
 KEEP = 2  # newest checkpoints kept beside the best one
 GATE_STEPS = 3  # updates after which a router without a gradient is an error
@@ -129,7 +128,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
-        pretrained.start(config, state.model)
+        checkpoint.start(config, state.model)
         return Progress()
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
     if stage := meta.get("stage", 0):

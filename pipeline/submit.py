@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.command import fail, main, read_arguments
-from pipeline.reach import DASHBOARD, is_loopback, look_at_dashboard
+from pipeline.cli.arguments import fail, main, read_arguments
+from pipeline.distributed.dashboard import DASHBOARD, is_loopback, look_at_dashboard
 
 USAGE = """
 usage: python -m pipeline.submit [id=NAME] [--insecure] [--no-wait] -- COMMAND ...
@@ -112,7 +112,7 @@ def runtime_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def commit() -> str:
     """Name the commit that is sent."""
-    from pipeline.train import commit
+    from pipeline.tracking.runs import commit
 
     return commit()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe.network import Network
 from moe.routing import Routing
-from pipeline.data.loading import Images
+from pipeline.data.splits import Images
 
 CLASSES, SIZE = 4, 8
 EPS = {"linf": 0.1, "l2": 1.0}  # the radii at which the robust accuracy is 0

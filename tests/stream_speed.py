@@ -18,16 +18,17 @@ import torch.distributed as dist
 
 from pipeline import loop
 from pipeline.checkpoint import build_model
-from pipeline.command import ENVIRONMENT
-from pipeline.config import Config, flatten, override, read
+from pipeline.cli.arguments import ENVIRONMENT
+from pipeline.config import Config, read
+from pipeline.config.overrides import flatten, override
+from pipeline.context import Session
 from pipeline.data.crops import RandomCrop
-from pipeline.data.loading import Share
-from pipeline.data.rows import decode_unit
+from pipeline.data.row_groups import decode_unit
+from pipeline.data.splits import Share
 from pipeline.data.streaming import Streamed
+from pipeline.distributed.cluster import ray_cluster
 from pipeline.optim import build_optimizers, set_rates
-from pipeline.session import Session
-from pipeline.state import TrainState
-from pipeline.train import ray_cluster
+from pipeline.optimization.state import TrainState
 
 SETTINGS = {
     "dataset": "imagenet",

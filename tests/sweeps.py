@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import flatten, override
-from pipeline.measures.interval import wilson
+from pipeline.config.overrides import flatten, override
+from pipeline.measures.confidence import wilson
 from pipeline.presets import PRESETS
 
 IMAGES = 400

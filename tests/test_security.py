@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import train
-from pipeline.config import Config, override
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.data.decode import open_picture
 from pipeline.data.files import DamagedDataError
 from pipeline.data.parquet import Layout, load_parquet
-from pipeline.data.pictures import open_picture
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "moe").rglob("*.py")), *sorted((ROOT / "pipeline").rglob("*.py"))]

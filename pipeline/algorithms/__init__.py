@@ -13,7 +13,7 @@ from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
-from pipeline.state import TrainState
+from pipeline.optimization.state import TrainState
 
 
 class Algorithm(Protocol):
@@ -22,8 +22,8 @@ class Algorithm(Protocol):
     Labels are classes (B,), or, of mixed images, the share of each class (B, K). Losses of labels
     come from ``state.cross_entropy`` and updates from ``state.minimize``, which know the recipe.
     One that trains several networks in turn also offers what ``Staged`` lists; one that steps
-    other groups than experts and router offers a ``partition`` (``pipeline.state``); one that does
-    not train against an attack names ``selects = "val/sa"``, see ``selects``.
+    other groups than experts and router offers a ``partition`` (``pipeline.optimization.state``);
+    one that does not train against an attack names ``selects = "val/sa"``, see ``selects``.
     """
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]: ...

@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import check_aim, joint, router_divergence
+from pipeline.algorithms.attack_objectives import check_aim, joint, router_divergence
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image, dominant, kl
-from pipeline.state import Terms, TrainState
+from pipeline.optimization.losses import cross_entropy_per_image, dominant, kl
+from pipeline.optimization.state import Terms, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from moe.network import Network, is_router_parameter
 from pipeline.algorithms.rt_er import Robustify, check_settings, rt_er_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.state import HALVES, Partition, TrainState
+from pipeline.optimization.state import HALVES, Partition, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import check_aim, joint
+from pipeline.algorithms.attack_objectives import check_aim, joint
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.state import GROUPS, TrainState
+from pipeline.optimization.state import GROUPS, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

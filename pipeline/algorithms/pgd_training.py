@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import error
+from pipeline.algorithms.attack_objectives import error
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.state import GROUPS, TrainState
+from pipeline.optimization.state import GROUPS, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moe.fold_batchnorm import fold
 from moe.network import Network
-from pipeline.algorithms.aims import Aim, error
+from pipeline.algorithms.attack_objectives import Aim, error
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image, kl
-from pipeline.state import GROUPS, Terms, TrainState
+from pipeline.optimization.losses import cross_entropy_per_image, kl
+from pipeline.optimization.state import GROUPS, Terms, TrainState
 
 Robustify = Literal["second", "all", "none"]
 Part = Callable[[Network], Network]

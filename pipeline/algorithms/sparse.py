@@ -10,12 +10,12 @@ from torch import Tensor
 from moe.backbones import Backbone
 from moe.network import Network
 from moe.pruning.hydra import scored, scored_body
-from pipeline.algorithms.aims import check_aim
+from pipeline.algorithms.attack_objectives import check_aim
 from pipeline.algorithms.staged import Stage
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.state import TrainState
+from pipeline.optimization.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pipeline.state import GROUPS, TrainState
+from pipeline.optimization.state import GROUPS, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

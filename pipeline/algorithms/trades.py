@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.aims import check_aim, divergence, error
+from pipeline.algorithms.attack_objectives import check_aim, divergence, error
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import kl
-from pipeline.state import GROUPS, Terms, TrainState
+from pipeline.optimization.losses import kl
+from pipeline.optimization.state import GROUPS, Terms, TrainState
 
 
 def trades_terms(state: TrainState, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) -> Terms:

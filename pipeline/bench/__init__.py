@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from pipeline.bench.autoattack import autoattack
 from pipeline.bench.inference import inference
-from pipeline.bench.pipeline import pipeline
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
 from pipeline.bench.step import step
 from pipeline.bench.whole_networks import mixture
+from pipeline.bench.whole_pipeline import pipeline
 
 BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,

@@ -16,8 +16,8 @@ from rich.table import Table
 from pipeline.bench import BENCHMARKS, LONG
 from pipeline.bench.race import Benchmark, Outcome, race
 from pipeline.bench.settings import Settings, read_settings
-from pipeline.command import main, read_arguments
-from pipeline.train import commit
+from pipeline.cli.arguments import main, read_arguments
+from pipeline.tracking.runs import commit
 
 USAGE = """
 usage: python -m pipeline.bench [NAME] [key=value ...] [--list] [--help]

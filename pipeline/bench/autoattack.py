@@ -14,14 +14,14 @@ from pipeline.attacks.pgd import PGD
 from pipeline.bench.inference import MASKED as SLOW
 from pipeline.bench.inference import OURS as FAST
 from pipeline.bench.inference import channels_last, inference, relaid
+from pipeline.bench.masked import masked
 from pipeline.bench.race import Benchmark, Outcome, Variant, race
 from pipeline.bench.settings import Settings, settle
-from pipeline.losses import margin_per_image
-from pipeline.masked import masked
 from pipeline.measures import AutoAttack
-from pipeline.measures.attacked import Attacked, is_correct
 from pipeline.measures.auto_attack import QUERIES, STEPS
-from pipeline.measures.auto_pgd import AutoPGD
+from pipeline.measures.base import Attacked, is_correct
+from pipeline.measures.gradient_attack import AutoPGD
+from pipeline.optimization.losses import margin_per_image
 from pipeline.seeding import ImageNoise
 
 OURS, MASKED = "AutoAttack, ours", "AutoAttack, masked"

@@ -10,9 +10,9 @@ from torch import Tensor
 from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing_stats import load
+from pipeline.bench.masked import masked
 from pipeline.bench.race import Benchmark, Variant
 from pipeline.bench.settings import Settings, settle
-from pipeline.masked import masked
 
 OURS, MASKED = "mixture, ours", "mixture, masked"
 DENSE, DENSE_FOLDED = "dense, plain", "dense, our eval path"

@@ -19,7 +19,7 @@ from moe.network import Network
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.losses import cross_entropy_per_image, kl, kl_per_image
+from pipeline.optimization.losses import cross_entropy_per_image, kl, kl_per_image
 
 
 def plain_adv_moe(

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from moe.backbones import BACKBONES, Backbone, RouterScope
 from moe.network import Network
-from pipeline.config import parse
+from pipeline.config.overrides import parse
 
 CLASSES = 10
 

@@ -14,12 +14,12 @@ from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
 from pipeline.bench.inference import channels_last, relaid, shares
+from pipeline.bench.masked import masked
 from pipeline.bench.plain import plain_adv_moe, plain_trades
 from pipeline.bench.race import Benchmark, Variant
 from pipeline.bench.settings import Settings, settle
-from pipeline.masked import masked
+from pipeline.optimization.state import GROUPS, TrainState
 from pipeline.seeding import Noise
-from pipeline.state import GROUPS, TrainState
 
 OURS, PLAIN = "AdvMoE, ours", "AdvMoE, plain, masked"
 DENSE, DENSE_OURS = "dense TRADES, plain", "dense TRADES, our step"

@@ -1,9 +1,9 @@
 """Every dataset by name. A new one is a file here and a line below."""
 
+from pipeline.data.base import Dataset, OnDisk
 from pipeline.data.cifar import Cifar10, Cifar100
 from pipeline.data.digits import Digits
 from pipeline.data.imagenet import ImageNet
-from pipeline.data.protocols import Dataset, OnDisk
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tiny_imagenet import TinyImageNet
 

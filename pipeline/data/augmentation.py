@@ -7,12 +7,16 @@ the global batch of ``world`` times B images, of which this worker has the ``ran
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from pipeline.seeding import generator_at
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +123,59 @@ def inside(centre_B: Tensor, half_B: Tensor, side: int) -> Tensor:
     """Mark the places of a side from ``centre - half`` to below ``centre + half``, (B, side)."""
     place_S = torch.arange(side, device=centre_B.device)
     return (place_S >= (centre_B - half_B)[:, None]) & (place_S < (centre_B + half_B)[:, None])
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Map uint8 in 0..255 to float32 in [0, 1].
+
+    Raises:
+        ValueError: The pixels are not uint8.
+    """
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels must be uint8, got {pixels.dtype}")
+    return pixels.float() / 255
+
+
+def augment(
+    x_BCHW: Tensor,
+    *,
+    pad: int,
+    flip: bool,
+    generator: Generator,
+    rank: int = 0,
+    world: int = 1,
+) -> Tensor:
+    """Crop each image at random from its zero-padded self, and mirror half of them.
+
+    The draws are made for the global batch of ``world`` times B images, of which this worker has
+    the ``rank``-th B: an image is treated alike however many workers share the batch.
+
+    Raises:
+        ValueError: ``pad`` is negative, or ``rank`` is not in 0..world-1.
+    """
+    if pad < 0:
+        raise ValueError(f"pad must be at least 0, got {pad}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in 0..{world - 1}, got {rank}")
+    b, c, h, w = x_BCHW.shape
+    device, mine = x_BCHW.device, slice(rank * b, (rank + 1) * b)
+    rows_BH = torch.arange(h, device=device).expand(b, h)
+    cols_BW = torch.arange(w, device=device).expand(b, w)
+    if flip:
+        coin_B = torch.rand(world * b, generator=generator, device=generator.device)[mine] < 0.5
+        cols_BW = torch.where(coin_B.to(device)[:, None], w - 1 - cols_BW, cols_BW)
+    if pad:
+        shape = (2, world * b)
+        shift_2B = torch.randint(2 * pad + 1, shape, generator=generator, device=generator.device)
+        rows_B1, cols_B1 = shift_2B[:, mine, None].to(device)
+        rows_BH, cols_BW = rows_BH + rows_B1, cols_BW + cols_B1
+        x_BCHW = F.pad(x_BCHW, (pad, pad, pad, pad))
+    elif not flip:
+        return x_BCHW
+    image_B, channel_C = torch.arange(b, device=device), torch.arange(c, device=device)
+    return x_BCHW[
+        image_B[:, None, None, None],
+        channel_C[None, :, None, None],
+        rows_BH[:, None, :, None],
+        cols_BW[:, None, None, :],
+    ]

@@ -6,8 +6,8 @@ Both are described in A. Krizhevsky, "Learning Multiple Layers of Features from 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.data.decoded import check_small, load_small
-from pipeline.data.loading import Splits
+from pipeline.data.splits import Splits
+from pipeline.data.stored_dataset import check_small, load_small
 
 
 @dataclass(frozen=True, kw_only=True)

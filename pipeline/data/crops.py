@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.loading import stream
+from pipeline.data.splits import stream
 
 ASPECT = (3 / 4, 4 / 3)  # of the random crops, width over height
 TRIES = 10

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from pipeline.data.loading import Images, Splits, check_settings, make_splits, stratified_split
+from pipeline.data.splits import Images, Splits, check_settings, make_splits, stratified_split
 
 
 @dataclass(frozen=True, kw_only=True)

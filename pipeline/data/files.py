@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.data.pictures import one_line
+from pipeline.data.decode import one_line
 
 TESTS = ("validation", "valid", "val")  # names that exports give to the split we test on
 WHOLE = 1 << 30  # bytes of a data set up to which its fingerprint reads all of them

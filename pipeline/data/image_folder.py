@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.pictures import open_picture, to_rgb
-from pipeline.data.writing import write_parquet
+from pipeline.data.decode import open_picture, to_rgb
+from pipeline.data.write_parquet import write_parquet
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 AHEAD = 256  # images that are read and checked at a time

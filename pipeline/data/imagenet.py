@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pipeline.data.loading import Images, Splits, check_settings, choose, hold_out, locate
+from pipeline.data.splits import Images, Splits, check_settings, choose, hold_out, locate
 
 if TYPE_CHECKING:
     from pipeline.data.files import Place
     from pipeline.data.parquet import Layout
-    from pipeline.data.rows import Index
+    from pipeline.data.row_groups import Index
 
 STAND_INS = ("imagenette",)
 
@@ -90,7 +90,7 @@ class ImageNet:
         """
         from pipeline.data.files import find_shards, fingerprint  # only here: needs pyarrow
         from pipeline.data.parquet import Layout, names_of_classes
-        from pipeline.data.rows import read_index
+        from pipeline.data.row_groups import read_index
         from pipeline.data.streaming import Streamed
 
         folder = self.place()
@@ -154,7 +154,7 @@ class ImageNet:
         """Decode rows of a split to centre crops, or map them if cached."""
         from pipeline.data import cache
         from pipeline.data.crops import CentreCrop
-        from pipeline.data.rows import fill_centre
+        from pipeline.data.row_groups import fill_centre
 
         names = sorted({file.name for file, *_ in index.groups})
         chosen = hashlib.sha256(rows.numpy().tobytes()).hexdigest()

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import cache
+from pipeline.data.decode import one_line, open_picture, to_rgb
 from pipeline.data.files import (
     DamagedDataError,
     Place,
@@ -28,9 +29,8 @@ from pipeline.data.files import (
     fingerprint,
     size_of,
 )
-from pipeline.data.loading import Images
-from pipeline.data.pages import check_pages, check_sums
-from pipeline.data.pictures import one_line, open_picture, to_rgb
+from pipeline.data.parquet_bomb_guard import check_pages, check_sums
+from pipeline.data.splits import Images
 
 IMAGE_COLUMNS = ("img", "image")
 ROWS = 512  # read at a time

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from pipeline.data.crops import RandomCrop, View
 from pipeline.data.files import DamagedDataError, place
-from pipeline.data.loading import Share
-from pipeline.data.order import WINDOW, plan, windowed_order
 from pipeline.data.parquet import Layout
-from pipeline.data.rows import Index, Unit, cores, decode_unit, in_threads
+from pipeline.data.row_groups import Index, Unit, cores, decode_unit, in_threads
+from pipeline.data.splits import Share
+from pipeline.data.window_shuffle import WINDOW, plan, windowed_order
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.execution_callback import ExecutionCallback

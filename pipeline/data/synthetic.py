@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.loading import Images, Splits, check_settings, make_splits, stream
+from pipeline.data.splits import Images, Splits, check_settings, make_splits, stream
 
 
 @dataclass(frozen=True, kw_only=True)

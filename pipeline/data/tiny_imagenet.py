@@ -7,8 +7,8 @@ Challenge", 2015.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.data.decoded import check_small, load_small
-from pipeline.data.loading import Splits
+from pipeline.data.splits import Splits
+from pipeline.data.stored_dataset import check_small, load_small
 
 
 @dataclass(frozen=True, kw_only=True)

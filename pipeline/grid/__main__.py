@@ -9,17 +9,17 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from pipeline.cells import costs
-from pipeline.command import PREEMPTED, fail, main, read_arguments
-from pipeline.console import aligned
-from pipeline.grid.book import Book, shares
-from pipeline.grid.driver import drive
-from pipeline.grid.request import Request, read_request
-from pipeline.places import check_lasting, owned, run_folder, set_aside, shown
-from pipeline.preflight import capacity
-from pipeline.stores import restore
+from pipeline.cli.arguments import PREEMPTED, fail, main, read_arguments
+from pipeline.cli.console import aligned
+from pipeline.distributed.cluster import ray_cluster, stoppable
+from pipeline.distributed.preflight import capacity
+from pipeline.grid.cell_log import Book, shares
+from pipeline.grid.grid_request import Request, read_request
+from pipeline.grid.scheduler import drive
+from pipeline.presets.paper_grid import costs
+from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.storage.sync import restore
 from pipeline.tracking import OutageError
-from pipeline.train import ray_cluster, stoppable
 
 USAGE = """
 usage: python -m pipeline.grid [key=value ...] [--dry-run] [--fresh] [--strict-tracking]

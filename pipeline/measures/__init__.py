@@ -1,17 +1,22 @@
 """Every measure by name. A new one is a file here and a line below."""
 
 from pipeline.measures.adaptive import Adaptive
-from pipeline.measures.attacked import Attacked, Measure
 from pipeline.measures.auto_attack import AutoAttack, AutoAttackSurrogate, Square
-from pipeline.measures.auto_pgd import AutoPGD, AutoPGDRatio, AutoPGDTargeted
-from pipeline.measures.chance import RandomNoise, Transfer
-from pipeline.measures.clean import Clean
-from pipeline.measures.components import ExpertAttack, RouterAttack
+from pipeline.measures.base import Attacked, Measure
+from pipeline.measures.fixed_route import FreeChoice, OneExpert
 from pipeline.measures.forced_route import ForcedRoute, ForcedRouteAPGD, ForcedRouteSweep
-from pipeline.measures.free_choice import FreeChoice, OneExpert
-from pipeline.measures.settings import Evaluation
-from pipeline.measures.surrogate import Surrogate, SurrogateAPGD
-from pipeline.measures.white_box import WhiteBox, WhiteBoxMargin
+from pipeline.measures.gradient_attack import (
+    AutoPGD,
+    AutoPGDRatio,
+    AutoPGDTargeted,
+    Clean,
+    WhiteBox,
+    WhiteBoxMargin,
+)
+from pipeline.measures.noise_and_transfer import RandomNoise, Transfer
+from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
+from pipeline.measures.soft_gates import Surrogate, SurrogateAPGD
+from pipeline.measures.threat import Evaluation
 
 MEASURES: dict[str, type[Measure]] = {
     "sa": Clean,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.losses import cross_entropy_per_image
-from pipeline.measures.attacked import Attacked, break_images, untouched
+from pipeline.measures.base import Attacked, break_images, untouched
 from pipeline.measures.forced_route import check_weights
+from pipeline.optimization.losses import cross_entropy_per_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.measures.attacked import Attacked, is_correct, untouched
-from pipeline.measures.auto_pgd import AutoPGDTargeted
-from pipeline.measures.relaxed import relaxed, soft_backward
+from pipeline.measures.base import Attacked, is_correct, untouched
+from pipeline.measures.gradient_attack import AutoPGDTargeted
+from pipeline.measures.soft_gates import relaxed, soft_backward
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -76,8 +76,8 @@ class AutoAttackSurrogate:
     """RA under AutoAttack's gradient attacks, with the gradient of a softmax over all experts.
 
     The gates are hard forward, so that what the package sees broken is broken; backward every
-    expert has its say (``pipeline.measures.relaxed.soft_backward``). Square takes no gradients, and
-    is left to ``ra_aa``.
+    expert has its say (``pipeline.measures.soft_gates.soft_backward``). Square takes no gradients,
+    and is left to ``ra_aa``.
 
     Attributes:
         seed: As in ``AutoAttack``.

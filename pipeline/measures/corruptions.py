@@ -18,8 +18,9 @@ from torch import Generator, Tensor
 
 from moe.fold_batchnorm import fold
 from moe.network import Network
-from pipeline.data.loading import Images, to_float
-from pipeline.measures.attacked import is_correct
+from pipeline.data.augmentation import to_float
+from pipeline.data.splits import Images
+from pipeline.measures.base import is_correct
 from pipeline.seeding import generator_at
 
 SEVERITIES = (1, 2, 3, 4, 5)

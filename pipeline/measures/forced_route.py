@@ -13,8 +13,8 @@ from moe.network import Network
 from pipeline.attacks import Walker
 from pipeline.attacks.apgd import like
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.losses import margin_per_image
-from pipeline.measures.attacked import Attacked, break_images, untouched
+from pipeline.measures.base import Attacked, break_images, untouched
+from pipeline.optimization.losses import margin_per_image
 
 SWEEP = (1.0, 0.3, 3.0)
 

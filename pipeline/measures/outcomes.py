@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe.network import Network
 from pipeline.measures import FLOORS
-from pipeline.measures.attacked import Attacked, Measure
-from pipeline.measures.routing import router_margin
+from pipeline.measures.base import Attacked, Measure
+from pipeline.measures.routing_change import router_margin
 
 
 def counts(name: str) -> bool:
@@ -109,7 +109,7 @@ def least_gap(scores: Tensor) -> Tensor:
 
 
 class Store(Protocol):
-    """Keeps outcomes from one evaluation to the next, see ``pipeline.ledger``.
+    """Keeps outcomes from one evaluation to the next, see ``pipeline.evaluation.outcome_cache``.
 
     Images are known by numbers that stay theirs in every subset.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.measures import END_OF_RUN, MEASURES, ROUTED, Measure
-from pipeline.measures.settings import Evaluation
+from pipeline.measures.threat import Evaluation
 
 NAMES = {"ra_pgd": "ra_pgd{}", "ra_pgd_margin": "ra_pgd{}_margin"}
 TWICE = ("ra_apgd", "ra_apgd_dlr", "ra_apgd_t", "ra_forced_apgd", "ra_surrogate_apgd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.command import fail, main, read_arguments
+from pipeline.cli.arguments import fail, main, read_arguments
 from pipeline.report.chart import plot_over_cost
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find

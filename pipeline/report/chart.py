@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from pipeline.cells import ROWS
+from pipeline.presets.paper_grid import ROWS
 from pipeline.report.grouping import Block
 from pipeline.report.statistics import Estimate
 

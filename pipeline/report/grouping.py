@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.cells import PAPER, ROWS
+from pipeline.presets.paper_grid import PAPER, ROWS
 from pipeline.report.runs import Run
 from pipeline.report.statistics import Difference, Estimate, difference, estimate
 

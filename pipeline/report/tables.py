@@ -6,8 +6,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.cells import ROWS
-from pipeline.console import aligned
+from pipeline.cli.console import aligned
+from pipeline.presets.paper_grid import ROWS
 from pipeline.report.grouping import Block, Row
 from pipeline.report.statistics import BOTH, IMAGES, SEEDS, Difference, Estimate
 

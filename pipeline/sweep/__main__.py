@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.command import fail, main, read_arguments
-from pipeline.console import aligned
+from pipeline.cli.arguments import fail, main, read_arguments
+from pipeline.cli.console import aligned
 from pipeline.sweep.answer import answer, write
 from pipeline.sweep.trials import read_sweep
 from pipeline.tracking import mlflow_client, resolve_uri

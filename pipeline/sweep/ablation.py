@@ -13,8 +13,8 @@ from pipeline.report.grouping import Row
 from pipeline.report.runs import number
 from pipeline.report.statistics import difference
 from pipeline.report.tables import FOOT, points
-from pipeline.sweep.chart import PLAIN, save
-from pipeline.sweep.tables import Table, columns_of, cost, percent, short_keys, shown
+from pipeline.sweep.trial_charts import PLAIN, save
+from pipeline.sweep.trial_tables import Table, columns_of, cost, percent, short_keys, shown
 from pipeline.sweep.trials import COSTS, Sweep, Trial, title_of
 
 LOOKS = {  # colours of Okabe and Ito, told apart without red and green

@@ -15,18 +15,12 @@ from pipeline.sweep.ablation import (
     draw_ablation,
     write_ablation,
 )
-from pipeline.sweep.chart import Frame, draw_front, frame_of
 from pipeline.sweep.conditions import conditions
-from pipeline.sweep.front import front_of
+from pipeline.sweep.html_page import Picture, list_section, page, picture_section, table_section
 from pipeline.sweep.importance import importance_table
-from pipeline.sweep.page import (
-    Picture,
-    list_section,
-    page,
-    picture_section,
-    table_section,
-)
-from pipeline.sweep.tables import (
+from pipeline.sweep.pareto import front_of
+from pipeline.sweep.trial_charts import Frame, draw_front, frame_of
+from pipeline.sweep.trial_tables import (
     Table,
     as_markdown,
     cost,

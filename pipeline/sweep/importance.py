@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.report.runs import number
-from pipeline.sweep.tables import Table, short_keys
+from pipeline.sweep.trial_tables import Table, short_keys
 from pipeline.sweep.trials import Objective, Sweep, Trial
 
 ENOUGH = 10  # trials below which nothing is claimed

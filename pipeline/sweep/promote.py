@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.command import fail, read_arguments
-from pipeline.sweep.tables import number
+from pipeline.cli.arguments import fail, read_arguments
+from pipeline.sweep.trial_tables import number
 from pipeline.sweep.trials import Objective, Sweep, Trial, competing, is_share, read_sweep
 from pipeline.tracking import download, log_torch_model, mlflow_client, resolve_uri
 

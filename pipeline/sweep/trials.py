@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.measures.interval import wilson
+from pipeline.measures.confidence import wilson
 from pipeline.report.grouping import conditions_of
 from pipeline.report.runs import Run, every, run_of
 from pipeline.report.statistics import Estimate, estimate
 from pipeline.tracking import SQLITE, download, mlflow_client, resolve_uri, without_password
-from pipeline.tracking.server import active_run
+from pipeline.tracking.client import active_run
 
 KIND = "robust_moe.kind"
 STATUSES = ("finished", "stopped", "failed", "infeasible")

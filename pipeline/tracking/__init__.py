@@ -3,10 +3,10 @@
 Only this room, ``report`` and ``sweep`` import mlflow, inside functions: that takes seconds.
 """
 
-from pipeline.tracking.finding import EVALUATED, PARENTS, download, resolve_run
-from pipeline.tracking.models import log_torch_model
-from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri, without_password
-from pipeline.tracking.strict import strictly
+from pipeline.tracking.client import SQLITE, mlflow_client, resolve_uri, without_password
+from pipeline.tracking.model_logging import log_torch_model
+from pipeline.tracking.outage_watch import strictly
+from pipeline.tracking.queries import EVALUATED, PARENTS, download, resolve_run
 from pipeline.tracking.tracker import OutageError, Tracker, end_abandoned, send_rest
 
 __all__ = [

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.journal import Courier, Journal
-from pipeline.tracking.delivery import Delivery, load_info
-from pipeline.tracking.models import write_model
-from pipeline.tracking.server import SQLITE, mlflow_client, resolve_uri
+from pipeline.tracking.client import SQLITE, mlflow_client, resolve_uri
+from pipeline.tracking.model_logging import write_model
+from pipeline.tracking.outbox import Courier, Journal
+from pipeline.tracking.sender import Delivery, load_info
 
 if TYPE_CHECKING:
     import numpy as np

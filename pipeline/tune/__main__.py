@@ -9,18 +9,18 @@ from functools import partial
 
 from rich.console import Console
 
-from pipeline.command import PREEMPTED, fail, main, read_arguments
+from pipeline.cli.arguments import PREEMPTED, fail, main, read_arguments
+from pipeline.cli.console import Follower, aligned
 from pipeline.config import Config
-from pipeline.console import Follower, aligned
-from pipeline.crew import cause
-from pipeline.places import check_lasting, owned, set_aside, shown
-from pipeline.preflight import capacity, preflight
-from pipeline.train import ray_cluster, stoppable
-from pipeline.tune.book import Book, Entry
-from pipeline.tune.driver import drive, reached, words
+from pipeline.distributed.cluster import ray_cluster, stoppable
+from pipeline.distributed.preflight import capacity, preflight
+from pipeline.distributed.worker_group import cause
+from pipeline.storage.run_folder import check_lasting, owned, set_aside, shown
 from pipeline.tune.finalists import judge_finalists
-from pipeline.tune.request import Request, prospect, read_request
 from pipeline.tune.search import next_point
+from pipeline.tune.sweep_request import Request, prospect, read_request
+from pipeline.tune.trial_log import Book, Entry
+from pipeline.tune.tuner import drive, reached, words
 from tune_spaces import SPACES
 
 USAGE = """

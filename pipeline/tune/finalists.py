@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pipeline import checkpoint
-from pipeline.config import override
-from pipeline.console import Follower
-from pipeline.evaluate import open_ledger, plan_jobs, read_plan
-from pipeline.examine import examine
-from pipeline.lookup import origin
-from pipeline.portrait import write_report
-from pipeline.session import best_device
-from pipeline.shards import shards
-from pipeline.sweep.front import undominated
-from pipeline.train import open_run
-from pipeline.tune.book import Book, Entry
+from pipeline.cli.console import Follower
+from pipeline.config.overrides import override
+from pipeline.context import best_device
+from pipeline.distributed.sharded_evaluation import shards
+from pipeline.evaluation.evaluator import examine
+from pipeline.evaluation.find_model import origin
+from pipeline.evaluation.model_card import write_report
+from pipeline.evaluation.plan import open_ledger, plan_jobs, read_plan
+from pipeline.sweep.pareto import undominated
+from pipeline.tracking.runs import open_run
+from pipeline.tune.trial_log import Book, Entry
 
 TIER = "standard"
 

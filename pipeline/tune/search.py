@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.seeding import seed_of
-from pipeline.tune.request import Request
+from pipeline.tune.sweep_request import Request
 
 Known = tuple[Mapping[str, Any], Mapping[str, float] | None]
 """A point, and its metrics; None while it runs, or if nothing came of it."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.command import read_arguments
+from pipeline.cli.arguments import read_arguments
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

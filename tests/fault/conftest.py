@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import final
+from pipeline import end_of_run
 from tests.fault import faults
 
 
 @pytest.fixture
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots and the timing at the end of a run in this process."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-    monkeypatch.setattr(final, "draw", lambda *_: None)
+    monkeypatch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+    monkeypatch.setattr(end_of_run, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-        patch.setattr(final, "draw", lambda *_: None)
+        patch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+        patch.setattr(end_of_run, "draw", lambda *_: None)
         faults.run(faults.TINY, folder)
     return folder
 

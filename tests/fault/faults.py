@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.config import Config, override
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.context import Session
 from pipeline.loop import fit
-from pipeline.session import Session
 
 ROOT = Path(__file__).parents[2]
 TINY = override(

@@ -16,9 +16,9 @@ import torch
 from moe.network import Network
 from pipeline import checkpoint, loop
 from pipeline.checkpoint import CheckpointError
-from pipeline.config import flatten
+from pipeline.config.overrides import flatten
+from pipeline.context import Session, Wish
 from pipeline.loop import NonFiniteError, RoomError, Stopped
-from pipeline.session import Session, Wish
 from tests.fault.faults import (
     ROOT,
     TINY,
@@ -185,7 +185,7 @@ from pipeline import final
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
 from pipeline.loop import fit
-from pipeline.session import Session
+from pipeline.context import Session
 torch.set_num_threads(1)
 seen = 0
 def emit(event):

@@ -24,12 +24,12 @@ from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.staged import Staged
 from pipeline.checkpoint import build_model
 from pipeline.config import Config
-from pipeline.data.loading import epoch_order, to_float
+from pipeline.data.augmentation import to_float
+from pipeline.data.splits import epoch_order
 from pipeline.data.synthetic import Synthetic
-from pipeline.optim import build_optimizers
+from pipeline.optim import advance, build_optimizers, moment
+from pipeline.optimization.state import TrainState, partition_of
 from pipeline.seeding import Noise, generator_at
-from pipeline.stages import advance, moment
-from pipeline.state import TrainState, partition_of
 
 FOLDER = Path(__file__).parent
 UPDATES, BATCH = 10, 16

@@ -20,10 +20,10 @@ from moe.export import exportable
 from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image
-from pipeline.measures.components import ExpertAttack
-from pipeline.measures.free_choice import FreeChoice, per_expert
-from pipeline.measures.relaxed import straight_through
+from pipeline.measures.fixed_route import FreeChoice, per_expert
+from pipeline.measures.router_and_experts import ExpertAttack
+from pipeline.measures.soft_gates import straight_through
+from pipeline.optimization.losses import cross_entropy_per_image
 from pipeline.seeding import Noise, generator_at
 from tests.conftest import settled
 

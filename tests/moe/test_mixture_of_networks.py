@@ -19,10 +19,11 @@ from moe.export import exportable
 from moe.fold_batchnorm import fold
 from moe.mixture_of_networks import Mixture
 from moe.routing import Routed
+from pipeline.bench.masked import masked
 from pipeline.bench.step import training_state
-from pipeline.config import Config, flatten, override, read
-from pipeline.losses import cross_entropy_per_image
-from pipeline.masked import masked
+from pipeline.config import Config, read
+from pipeline.config.overrides import flatten, override
+from pipeline.optimization.losses import cross_entropy_per_image
 
 EXPERTS, CLASSES, SIZE, BATCH = 3, 4, 8, 24
 FORMS = {

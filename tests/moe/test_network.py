@@ -15,7 +15,7 @@ import moe.network
 from moe.backbones import BACKBONES
 from moe.network import Network, is_router_parameter
 from moe.routing import Routed
-from pipeline.masked import masked
+from pipeline.bench.masked import masked
 
 NETS = {
     "small": {"num_experts": 2},

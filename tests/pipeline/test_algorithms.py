@@ -19,8 +19,8 @@ from moe.network import Network, is_router_parameter
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.attacks.pgd import PGD
+from pipeline.optimization.state import TrainState
 from pipeline.seeding import Noise, generator_at
-from pipeline.state import TrainState
 from tests.golden.record import FOLDER, UPDATES, curves
 
 RATES = {"experts": 0.05, "router": 0.03}

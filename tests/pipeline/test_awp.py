@@ -15,10 +15,10 @@ from moe.layers import MoEConv2d
 from moe.network import Network, is_router_parameter
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.trades import trades_terms
-from pipeline.awp import perturbed, stacks, still_statistics
-from pipeline.losses import cross_entropy_per_image, kl
+from pipeline.optimization.awp import perturbed, stacks, still_statistics
+from pipeline.optimization.losses import cross_entropy_per_image, kl
+from pipeline.optimization.state import GROUPS, TrainState
 from pipeline.seeding import Noise, generator_at
-from pipeline.state import GROUPS, TrainState
 
 GAMMA, RATE = 0.03, 0.1
 BOTH_SCOPES = pytest.mark.parametrize("scope", ["shared", "per_layer"])

@@ -19,14 +19,14 @@ from pipeline.attacks.pgd import PGD
 from pipeline.bench import BENCHMARKS, LONG
 from pipeline.bench.__main__ import run
 from pipeline.bench.autoattack import median_radius
-from pipeline.bench.pipeline import run_config
+from pipeline.bench.masked import masked
 from pipeline.bench.plain import plain_adv_moe, plain_attack, plain_trades
 from pipeline.bench.race import Benchmark, Outcome, Variant, race
 from pipeline.bench.settings import Settings, read_settings
 from pipeline.bench.step import disagreement, restart, training_state
-from pipeline.command import main
-from pipeline.masked import masked
-from pipeline.state import TrainState
+from pipeline.bench.whole_pipeline import run_config
+from pipeline.cli.arguments import main
+from pipeline.optimization.state import TrainState
 from tests.conftest import LAYERED
 
 TINY = ["backbone=small", "ratio=0.125", "batch=8", "image_size=8", "rounds=1", "threads=1"]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.card import architecture, claim, fraction
-from pipeline.config import Config, override
-from pipeline.examine import Findings, examine, main_job, side_jobs
-from pipeline.measures.judging import judge, suite
-from pipeline.measures.sanity import CHECKS
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.evaluation.evaluator import Findings, examine, main_job, side_jobs
+from pipeline.evaluation.model_card import architecture, claim, fraction, write_report
+from pipeline.measures.runner import judge, suite
+from pipeline.measures.sanity.verdict import CHECKS
 from pipeline.measures.tiers import END
-from pipeline.portrait import write_report
 
 CPU = torch.device("cpu")
 TINY = override(

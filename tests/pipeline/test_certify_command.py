@@ -17,12 +17,13 @@ from moe.backbones.small import Small
 from moe.certification.radii import Status
 from moe.certification.smoothing import Smoothing
 from moe.network import Network
-from pipeline import certify, checkpoint
+from pipeline import checkpoint
 from pipeline.algorithms.standard import Standard
-from pipeline.certificates import ROUTE_HOLDS, Found, prove, smooth, table
+from pipeline.certify import __main__ as command_of_certify
+from pipeline.certify.certificates import ROUTE_HOLDS, Found, prove, smooth, table
 from pipeline.config import Config
 from pipeline.data.synthetic import Synthetic
-from pipeline.norms import bound_norms
+from pipeline.optimization.norm_bound import bound_norms
 
 
 def kept_at(folder: Path, backbone: Any, bound: float = 0.0) -> Path:
@@ -65,7 +66,7 @@ def test_mixture_is_certified_and_tracked(
     mixture: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(mixture), "kind=theorem,per_class,floor,route", "images=20"]
-    assert certify.run([*command, "evaluation.eps=0.001"]) == 0
+    assert command_of_certify.run([*command, "evaluation.eps=0.001"]) == 0
     out = capsys.readouterr().out
     assert "20 test images" in out
     assert "router scores" in out
@@ -102,7 +103,7 @@ def test_deep_net_is_vacuous_and_smoothing_is_offered_with_it(
     deep: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(deep), "kind=floor,smoothing", "images=8", "sigma=0.1", "samples=40", "choose=8"]
-    assert certify.run([*command, "alpha=0.05", "sampled=false"]) == 0
+    assert command_of_certify.run([*command, "alpha=0.05", "sampled=false"]) == 0
     out = capsys.readouterr().out
     assert "(bounds)" in out
     rows = kept(at_home)
@@ -118,7 +119,7 @@ def test_what_cannot_be_certified_says_why(
 ) -> None:
     backbone = Small(ratio=0.125, router_scope="per_layer")
     folder = kept_at(tmp_path_factory.mktemp("layers"), backbone)
-    assert certify.run([str(folder), "images=4"]) == 1
+    assert command_of_certify.run([str(folder), "images=4"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "router_scope=per_layer" in line
 
@@ -135,7 +136,7 @@ def test_what_cannot_be_certified_says_why(
 )
 def test_bad_input_says_what_is_valid(at_home: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        certify.run(arguments)
+        command_of_certify.run(arguments)
 
 
 class TwoHalves(Network):

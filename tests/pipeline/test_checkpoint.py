@@ -12,7 +12,8 @@ import torch
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointError
-from pipeline.config import Config, override
+from pipeline.config import Config
+from pipeline.config.overrides import override
 
 CONFIG = override(
     Config(), {"backbone.ratio": 0.125, "dataset": "synthetic", "dataset.size": 8, "name": "a"}

@@ -21,7 +21,8 @@ from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD
-from pipeline.config import ELSEWHERE, REGISTRIES, Config, flatten, override, read
+from pipeline.config import ELSEWHERE, Config, read
+from pipeline.config.overrides import REGISTRIES, flatten, override
 from pipeline.data import DATASETS
 from pipeline.data.cifar import Cifar10
 from pipeline.data.synthetic import Synthetic

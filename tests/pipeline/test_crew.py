@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from pipeline import crew
-from pipeline.crew import RoomTimeoutError, Stop, cause, crowded_out, listening
+from pipeline.distributed import worker_group
+from pipeline.distributed.worker_group import RoomTimeoutError, Stop, cause, crowded_out, listening
 
 
 def test_sigterm_may_come_twice_and_ctrl_c_again_ends_at_once() -> None:
@@ -31,7 +31,7 @@ def test_sigterm_may_come_twice_and_ctrl_c_again_ends_at_once() -> None:
 def test_nobody_is_waited_for_longer_than_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stop(lambda _: None)
     stop.hear(signal.SIGTERM)
-    monkeypatch.setattr(crew, "GRACE", -1.0)
+    monkeypatch.setattr(worker_group, "GRACE", -1.0)
     assert stop.overdue
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import data_tool
 from pipeline.data.cifar import Cifar10, Cifar100
 from pipeline.data.imagenet import ImageNet
-from pipeline.data.writing import write_parquet
+from pipeline.data.write_parquet import write_parquet
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor, preflight
-from pipeline.config import Config, override
-from pipeline.reach import ask, look_at_dashboard
+from pipeline import doctor
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.distributed import preflight
+from pipeline.distributed.dashboard import ask, look_at_dashboard
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from moe.dual_model import Dual
-from pipeline import checkpoint, dual, evaluate, loop
-from pipeline.config import Config, override
+from pipeline import checkpoint, evaluate, loop
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.dual import __main__ as command_of_dual
 from pipeline.presets import PRESETS
 
 TINY = {
@@ -69,7 +71,7 @@ def test_two_runs_and_a_joint_one_are_swept_and_tracked(
     runs: dict[str, Path], at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(runs["standard"]), str(runs["robust"]), f"joint={runs['joint']}"]
-    assert dual.run([*command, "alpha=0,0.6,1"]) == 0
+    assert command_of_dual.run([*command, "alpha=0,0.6,1"]) == 0
     out = capsys.readouterr().out
     rows = table(out)
     assert [(row["curve"], float(row["alpha"])) for row in rows] == [
@@ -95,7 +97,7 @@ def test_two_runs_and_a_joint_one_are_swept_and_tracked(
     ]
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"alpha.csv", "alpha.md", "plots"} <= files
-    assert dual.run([*command, "alpha=0,0.6,1"]) == 0
+    assert command_of_dual.run([*command, "alpha=0,0.6,1"]) == 0
     assert table(capsys.readouterr().out) == rows
 
 
@@ -103,7 +105,9 @@ def test_ends_of_a_sweep_are_the_single_models(
     runs: dict[str, Path], at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure = "measure=sa,ra_pgd,ra_forced"
-    assert dual.run([str(runs["standard"]), str(runs["robust"]), "alpha=0,1", measure]) == 0
+    assert (
+        command_of_dual.run([str(runs["standard"]), str(runs["robust"]), "alpha=0,1", measure]) == 0
+    )
     rows = table(capsys.readouterr().out)
     for row, name in zip(rows, ("standard", "robust"), strict=True):
         assert evaluate.run([str(runs[name]), measure, "dataset.test_images=24"]) == 0
@@ -118,7 +122,7 @@ def test_single_models_stand_beside_the_pairs(
     runs: dict[str, Path], at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(runs["standard"]), str(runs["robust"]), "alpha=0,1", "measure=sa,ra_pgd"]
-    assert dual.run([*command, f"beside={runs['standard']},{runs['robust']}"]) == 0
+    assert command_of_dual.run([*command, f"beside={runs['standard']},{runs['robust']}"]) == 0
     rows = table(capsys.readouterr().out)
     assert [(row["model"], row["alpha"]) for row in rows[2:]] == [
         ("standard, single model", ""),
@@ -130,7 +134,7 @@ def test_single_models_stand_beside_the_pairs(
             k: v for k, v in end.items() if k not in own
         }
     with pytest.raises(ValueError, match="beside must be runs of different names"):
-        dual.run([*command, f"beside={runs['robust']},{runs['robust']}"])
+        command_of_dual.run([*command, f"beside={runs['robust']},{runs['robust']}"])
 
 
 def test_evaluate_judges_a_jointly_trained_run_as_deployed(
@@ -165,7 +169,7 @@ def test_bad_input_says_what_is_valid(
     runs: dict[str, Path], at_home: Path, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        dual.run([word.format(**runs) for word in arguments])
+        command_of_dual.run([word.format(**runs) for word in arguments])
 
 
 def test_models_of_other_images_are_not_mixed(runs: dict[str, Path], at_home: Path) -> None:
@@ -174,7 +178,7 @@ def test_models_of_other_images_are_not_mixed(runs: dict[str, Path], at_home: Pa
     model = checkpoint.build_model(config)
     checkpoint.save(at_home / "other", config, model, {}, {})
     with pytest.raises(ValueError, match=r"dataset\.image_size must be 8 for every model, got 16"):
-        dual.run([str(at_home / "other"), str(runs["robust"])])
+        command_of_dual.run([str(at_home / "other"), str(runs["robust"])])
 
 
 @pytest.mark.parametrize(

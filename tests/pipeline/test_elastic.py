@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import final, loop
-from pipeline.config import Config, flatten, override, read
-from pipeline.data.loading import Images, Share
-from pipeline.elastic import Elastic, counts, ends, read_workers
+from pipeline import end_of_run, loop
+from pipeline.config import Config, read
+from pipeline.config.overrides import flatten, override
+from pipeline.config.worker_range import Elastic, counts, ends, read_workers
+from pipeline.context import Session, Wish
+from pipeline.data.splits import Images, Share
+from pipeline.distributed.preflight import shortage
 from pipeline.loop import Stopped, fit
-from pipeline.preflight import shortage
-from pipeline.session import Session, Wish
 from tests.pair import run_pair
 
 SMALL = {
@@ -122,8 +123,8 @@ def logged(folder: Path, name: str) -> None:
             yield x_BCHW, y_B
 
     Images.batches = seen  # type: ignore[method-assign]
-    final.images_per_second = lambda models, *_: [1.0] * len(models)  # type: ignore[assignment]
-    final.draw = lambda *_: None  # type: ignore[assignment]
+    end_of_run.images_per_second = lambda models, *_: [1.0] * len(models)  # type: ignore[assignment]
+    end_of_run.draw = lambda *_: None  # type: ignore[assignment]
 
 
 def two_of_three_updates(rank: int, folder: str) -> None:
@@ -151,7 +152,7 @@ def test_run_that_loses_a_worker_sees_the_images_of_one_that_does_not(tmp_path: 
     run_pair(two_of_three_updates, tmp_path)
     for rank in range(2):
         assert (tmp_path / f"stop{rank}").read_text() == "stopped after epoch 0, update 3"
-    before = (Images.batches, final.images_per_second, final.draw)
+    before = (Images.batches, end_of_run.images_per_second, end_of_run.draw)
     try:
         logged(tmp_path, "alone")
         fit(override(Config(), SMALL), tmp_path / "run", Session())
@@ -160,7 +161,7 @@ def test_run_that_loses_a_worker_sees_the_images_of_one_that_does_not(tmp_path: 
         logged(tmp_path, "straight")
         fit(override(Config(), SMALL), tmp_path / "other", Session())
     finally:
-        Images.batches, final.images_per_second, final.draw = before  # type: ignore[method-assign,assignment]
+        Images.batches, end_of_run.images_per_second, end_of_run.draw = before  # type: ignore[method-assign,assignment]
     pair = {row for row in rows(tmp_path, "pair0", "pair1") if row[1] < 3}
     assert {row[:2] for row in pair} == {(0, 0), (0, 1), (0, 2)}
     assert len(pair) == 60

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.network import Network
-from pipeline.ema import WeightAverage
+from pipeline.optimization.ema import WeightAverage
 
 
 def shaken(model: Network, seed: int) -> dict[str, Tensor]:

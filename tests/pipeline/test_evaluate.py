@@ -17,8 +17,8 @@ from moe.fold_batchnorm import fold
 from pipeline import evaluate, loop
 from pipeline.attacks.pgd import PGD
 from pipeline.checkpoint import load_config, load_model
-from pipeline.config import override
-from pipeline.data.loading import to_float
+from pipeline.config.overrides import override
+from pipeline.data.augmentation import to_float
 from pipeline.measures import Transfer
 from pipeline.presets import PRESETS
 from pipeline.seeding import ImageNoise

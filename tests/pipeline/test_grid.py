@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 
 from moe.cost import cost
-from pipeline.cells import RADII, ROWS, cell, cells, costs, held, offered
 from pipeline.checkpoint import build_model
-from pipeline.config import Config, flatten
-from pipeline.grid import driver
+from pipeline.config import Config
+from pipeline.config.overrides import flatten
+from pipeline.grid import scheduler
 from pipeline.grid.__main__ import run as grid
-from pipeline.grid.book import Entry
-from pipeline.grid.request import read_request
-from pipeline.places import check_lasting, owned
+from pipeline.grid.cell_log import Entry
+from pipeline.grid.grid_request import read_request
 from pipeline.presets import PRESETS, headline, label
+from pipeline.presets.paper_grid import RADII, ROWS, cell, cells, costs, held, offered
+from pipeline.storage.run_folder import check_lasting, owned
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 
 ROOT = Path(__file__).parents[2]
@@ -327,27 +328,27 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
 ) -> None:
     request = read_request({"backbone": "small", "dataset": "digits", "seed": "0,1,2"})
     book = Notes(request.configs)
-    started: list[driver.Running] = []
+    started: list[scheduler.Running] = []
 
-    def start(_: Any, place: int, address: str) -> driver.Running:
+    def start(_: Any, place: int, address: str) -> scheduler.Running:
         at = tmp_path / str(place)
         words = [sys.executable, "-c", OBEDIENT, str(at)]
         process = subprocess.Popen(words, text=True, start_new_session=True)
-        started.append(driver.Running(place, process, at, 0, 0.0))
+        started.append(scheduler.Running(place, process, at, 0, 0.0))
         return started[-1]
 
     def interrupt_once_all_are_there(_: float) -> None:
         there = [run.log.exists() and run.log.read_text() == "ready" for run in started]
         if all(there) and len(started) == 2:
-            monkeypatch.setattr(driver.time, "sleep", sleep)
+            monkeypatch.setattr(scheduler.time, "sleep", sleep)
             raise KeyboardInterrupt
         sleep(0.05)
 
     sleep = time.sleep
-    monkeypatch.setattr(driver, "start", start)
-    monkeypatch.setattr(driver.time, "sleep", interrupt_once_all_are_there)
+    monkeypatch.setattr(scheduler, "start", start)
+    monkeypatch.setattr(scheduler.time, "sleep", interrupt_once_all_are_there)
     with pytest.raises(KeyboardInterrupt):
-        driver.drive(book, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
+        scheduler.drive(book, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
     assert [run.log.read_text() for run in started] == ["stopped", "stopped"]
     assert [run.process.poll() for run in started] == [1, 1]
     assert book.stops == [0, 1]
@@ -374,16 +375,16 @@ def test_a_cell_that_lost_its_place_goes_on_behind_the_others_a_few_times(
     book, starts = Ends(request.configs), list[int]()
     room = iter([0, 1, 1, 1, 1, 1, 1, 1])  # never more than one at a time, and never none
 
-    def start(_: Any, place: int, address: str) -> driver.Running:
+    def start(_: Any, place: int, address: str) -> scheduler.Running:
         starts.append(place)
         code = 75 if place == 0 and starts.count(0) <= stubborn else 0
         process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"], text=True)
         at = tmp_path / str(len(starts))
         at.touch()
-        return driver.Running(place, process, at, 0, 0.0)
+        return scheduler.Running(place, process, at, 0, 0.0)
 
-    monkeypatch.setattr(driver, "start", start)
-    driver.drive(
+    monkeypatch.setattr(scheduler, "start", start)
+    scheduler.drive(
         book,  # type: ignore[arg-type]
         [0, 1],
         2,
@@ -401,7 +402,7 @@ def test_a_cell_stops_itself_once_the_grid_is_gone(tmp_path: Path) -> None:
     """Its standard input ends, whoever held the other end and however that one died."""
     code = (
         "import signal, sys, threading, time\n"
-        "from pipeline.grid.child import stop_with_parent\n"
+        "from pipeline.grid.cell_process import stop_with_parent\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         "threading.Thread(target=stop_with_parent, daemon=True).start()\n"
         "print('ready', flush=True)\n"
@@ -470,7 +471,7 @@ def processes_in(home: Path) -> list[str]:
     for link in Path("/proc").glob("[0-9]*/cwd"):
         try:
             words = (link.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if link.resolve() == home and "pipeline.grid.child" in words:
+            if link.resolve() == home and "pipeline.grid.cell_process" in words:
                 found.append(words)
         except OSError:
             continue

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from moe.network import Network
 from moe.routing import Route
-from pipeline import checkpoint, final, loop
+from pipeline import checkpoint, end_of_run, loop
 from pipeline.algorithms.adv_moe import AdvMoE
-from pipeline.config import Config, override
-from pipeline.ema import WeightAverage
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.context import Session
 from pipeline.loop import NonFiniteError, fit
-from pipeline.session import Session
-from pipeline.state import TrainState
+from pipeline.optimization.ema import WeightAverage
+from pipeline.optimization.state import TrainState
 
 Events = list[Mapping[str, Any]]
 
@@ -53,8 +54,8 @@ class StopError(Exception):
 @pytest.fixture(autouse=True)
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots, and the timing, which one run draws for all."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-    monkeypatch.setattr(final, "draw", lambda *_: None)
+    monkeypatch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+    monkeypatch.setattr(end_of_run, "draw", lambda *_: None)
 
 
 def run(config: Config, folder: Path, emit: Callable[[Any], None] | None = None) -> Events:
@@ -315,7 +316,7 @@ def test_average_of_the_weights_is_what_is_validated_kept_and_tested(
 
     monkeypatch.setattr(WeightAverage, "follow", recorded)
     monkeypatch.setattr(loop, "judge", watched)
-    monkeypatch.setattr(final, "judge", watched)
+    monkeypatch.setattr(end_of_run, "judge", watched)
     run(override(TINY, {"ema_decay": 0.5, "epochs": 2}), tmp_path)
     mean, wanted = dict(seen[0]), []
     for t, new in enumerate(seen[1:], 1):
@@ -468,7 +469,8 @@ def test_attack_that_turns_to_nan_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pipeline.algorithms.aims.kl_per_image", lambda p, q: (q * float("nan")).sum(-1)
+        "pipeline.algorithms.attack_objectives.kl_per_image",
+        lambda p, q: (q * float("nan")).sum(-1),
     )
     with pytest.raises(NonFiniteError, match=r"^step 1: adversarial images is nan$"):
         run(TINY, tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from pipeline.losses import (
+from pipeline.optimization.losses import (
     cross_entropy_per_image,
     dlr_per_image,
     dlr_targeted_per_image,

@@ -15,15 +15,16 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing import Routing
 from pipeline.attacks.pgd import PGD
-from pipeline.data.loading import Images, to_float
-from pipeline.measures import FLOORS, MEASURES, PACKAGED, Evaluation, judging
-from pipeline.measures.attacked import is_correct
-from pipeline.measures.components import ExpertAttack, RouterAttack
+from pipeline.data.augmentation import to_float
+from pipeline.data.splits import Images
+from pipeline.measures import FLOORS, MEASURES, PACKAGED, Evaluation, runner
+from pipeline.measures.base import is_correct
+from pipeline.measures.confidence import wilson
 from pipeline.measures.forced_route import ForcedRoute
-from pipeline.measures.interval import wilson
-from pipeline.measures.judging import Verdicts, judge, suite, summarize
-from pipeline.measures.probes import FACTORS, over_eps
-from pipeline.measures.white_box import WhiteBox, WhiteBoxMargin
+from pipeline.measures.gradient_attack import WhiteBox, WhiteBoxMargin
+from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
+from pipeline.measures.runner import Verdicts, judge, suite, summarize
+from pipeline.measures.sanity.probe_attacks import FACTORS, over_eps
 from pipeline.seeding import ImageNoise
 
 CPU = torch.device("cpu")
@@ -319,7 +320,7 @@ def test_judgement_does_not_depend_on_the_batch_size(
 ) -> None:
     images = split(mixture, 15)
     whole = verdicts_of(mixture, images)
-    monkeypatch.setattr(judging, "BATCH", 4)
+    monkeypatch.setattr(runner, "BATCH", 4)
     pieces = verdicts_of(mixture, images)
     for name, hits in whole.correct.items():
         assert torch.equal(pieces.correct[name], hits), name

@@ -13,11 +13,12 @@ from moe.backbones.mixture import NetworkMixture
 from moe.backbones.small import Small
 from pipeline import checkpoint, loop
 from pipeline.algorithms.standard import Standard
-from pipeline.certificates import prove
-from pipeline.config import Config, override
+from pipeline.certify.certificates import prove
+from pipeline.config import Config
+from pipeline.config.overrides import override
 from pipeline.data.digits import Digits
 from pipeline.data.synthetic import Synthetic
-from pipeline.norms import bound_norms
+from pipeline.optimization.norm_bound import bound_norms
 
 
 def sums(weight: torch.Tensor) -> torch.Tensor:

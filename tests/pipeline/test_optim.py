@@ -10,7 +10,7 @@ from moe.dual_model import Dual
 from moe.network import Network
 from pipeline.config import Config
 from pipeline.optim import build_optimizers, rate, set_rates
-from pipeline.state import HALVES, TrainState
+from pipeline.optimization.state import HALVES, TrainState
 from tests.conftest import Build
 
 PEAKS = {"experts": 0.4, "router": 0.02}

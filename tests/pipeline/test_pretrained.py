@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from moe.backbones.vit import TransformerBody
 from moe.mixture_of_networks import Mixture
-from pipeline import checkpoint, final, pretrained
+from pipeline import checkpoint, end_of_run
 from pipeline.checkpoint import build_model, load_model
-from pipeline.config import Config, override
+from pipeline.config import Config
+from pipeline.config.overrides import override
 from tests.moe.backbones.test_vit import drawn, timm_shapes
 from tests.pipeline.test_loop import (
     TINY,
@@ -48,8 +49,8 @@ TRANSFORMERS = override(
 @pytest.fixture(autouse=True)
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots and the timing."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-    monkeypatch.setattr(final, "draw", lambda *_: None)
+    monkeypatch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+    monkeypatch.setattr(end_of_run, "draw", lambda *_: None)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_mixture_that_was_stopped_ends_as_one_that_was_not(
 def test_experts_start_from_the_file_and_go_on_without_it(tmp_path: Path, weights: Path) -> None:
     config = override(TRANSFORMERS, {"backbone.expert.weights": str(weights), "epochs": 1})
     model = build_model(config, 0)
-    pretrained.start(config, model)
+    checkpoint.start(config, model)
     bodies = [m for m in model.modules() if isinstance(m, TransformerBody)]
     assert len(bodies) == 2
     for one, other in zip(
@@ -133,4 +134,4 @@ def test_file_that_is_not_what_it_was_is_refused(weights: Path, kind: str) -> No
     }
     model = copy.deepcopy(build_model(config, 0))
     with pytest.raises(ValueError, match=messages[kind]):
-        pretrained.start(config, model)
+        checkpoint.start(config, model)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.cells import cell
-from pipeline.config import flatten, override
-from pipeline.measures.interval import wilson
+from pipeline.config.overrides import flatten, override
+from pipeline.measures.confidence import wilson
+from pipeline.presets.paper_grid import cell
 from pipeline.report.__main__ import run
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find

@@ -21,10 +21,10 @@ from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.pgd_training import PGDTraining
 from pipeline.algorithms.rt_er import RTER, routes
 from pipeline.attacks.pgd import PGD
+from pipeline.context import Session
 from pipeline.loop import RouterError, check_gate
+from pipeline.optimization.state import COMPONENTS, HALVES, Partition, TrainState
 from pipeline.seeding import Noise, generator_at
-from pipeline.session import Session
-from pipeline.state import COMPONENTS, HALVES, Partition, TrainState
 from tests.conftest import settled
 from tests.pair import run_pair
 

@@ -21,19 +21,26 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing import Routing
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.data.loading import Images, to_float
-from pipeline.losses import cross_entropy_per_image, margin_per_image
+from pipeline.data.augmentation import to_float
+from pipeline.data.splits import Images
 from pipeline.measures import PACKAGED, Evaluation, Measure
-from pipeline.measures.attacked import Attacked, break_images, is_correct
-from pipeline.measures.checks import Evidence, exceeds
-from pipeline.measures.clean import Clean
+from pipeline.measures.base import Attacked, break_images, is_correct
 from pipeline.measures.forced_route import ForcedRoute
-from pipeline.measures.judging import judge
-from pipeline.measures.probes import Plain, Planted, contrasts, facts, over_eps, separate
-from pipeline.measures.references import REFERENCES, reference
-from pipeline.measures.sanity import CHECKS, Verdict, decide
+from pipeline.measures.gradient_attack import Clean, WhiteBox
+from pipeline.measures.runner import judge
+from pipeline.measures.sanity.checks import Evidence, exceeds
+from pipeline.measures.sanity.leaderboard import REFERENCES, reference
+from pipeline.measures.sanity.probe_attacks import (
+    Plain,
+    Planted,
+    contrasts,
+    facts,
+    over_eps,
+    separate,
+)
+from pipeline.measures.sanity.verdict import CHECKS, Verdict, decide
 from pipeline.measures.tiers import TIERS, measures_of
-from pipeline.measures.white_box import WhiteBox
+from pipeline.optimization.losses import cross_entropy_per_image, margin_per_image
 from pipeline.seeding import ImageNoise
 from tests import analytic
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.session import Session
+from pipeline.context import Session
 from tests.pair import run_pair
 
 

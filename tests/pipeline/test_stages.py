@@ -14,19 +14,18 @@ import torch
 
 from moe.cost import cost
 from moe.pruning.hydra import ScoredBody, scored_body
-from pipeline import checkpoint, final
+from pipeline import checkpoint, end_of_run
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.staged import Stage, Staged
 from pipeline.attacks.pgd import PGD
 from pipeline.checkpoint import build_model
-from pipeline.config import override
+from pipeline.config.overrides import override
+from pipeline.context import Session
 from pipeline.loop import fit
-from pipeline.optim import build_optimizers
+from pipeline.optim import advance, build_optimizers, moment, starts
+from pipeline.optimization.state import TrainState
 from pipeline.seeding import Noise, generator_at
-from pipeline.session import Session
-from pipeline.stages import advance, moment, starts
-from pipeline.state import TrainState
 from tests.pair import run_pair
 from tests.pipeline.test_loop import (
     TINY,
@@ -60,8 +59,8 @@ STARTS = [0, 5, 8, 12]  # in the second epoch, and in the third
 @pytest.fixture(autouse=True)
 def cheap_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plots and the timing."""
-    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-    monkeypatch.setattr(final, "draw", lambda *_: None)
+    monkeypatch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+    monkeypatch.setattr(end_of_run, "draw", lambda *_: None)
 
 
 # When a stage begins
@@ -221,8 +220,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Events]:
     """A run through all stages that nobody disturbed; every checkpoint of it is kept."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-        patch.setattr(final, "draw", lambda *_: None)
+        patch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+        patch.setattr(end_of_run, "draw", lambda *_: None)
         patch.setattr("pipeline.loop.KEEP", 99)
         return folder, run(SPARSE, folder)
 

@@ -18,12 +18,12 @@ from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
-from pipeline.ema import WeightAverage
+from pipeline.context import Session
 from pipeline.loop import GATE_STEPS, RouterError, check_gate
-from pipeline.losses import cross_entropy_per_image
+from pipeline.optimization.ema import WeightAverage
+from pipeline.optimization.losses import cross_entropy_per_image
+from pipeline.optimization.state import GROUPS, NonFiniteError, TrainState
 from pipeline.seeding import Noise, generator_at
-from pipeline.session import Session
-from pipeline.state import GROUPS, NonFiniteError, TrainState
 from tests.pair import run_pair
 
 

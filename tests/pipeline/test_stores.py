@@ -17,20 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import bucket, checkpoint, leases, stores
+from pipeline import checkpoint
 from pipeline.algorithms.standard import Standard
-from pipeline.bucket import Bucket, StoreError
 from pipeline.config import Config
+from pipeline.context import Session
 from pipeline.data import files
 from pipeline.data.files import Remote
 from pipeline.data.synthetic import Synthetic
-from pipeline.leases import leased
+from pipeline.distributed.preflight import reachable
 from pipeline.loop import fit
 from pipeline.measures import Evaluation
-from pipeline.places import check_lasting, owned, run_folder, set_aside
-from pipeline.preflight import reachable
-from pipeline.session import Session
-from pipeline.stores import Part, for_worker, home_of, listed, restore
+from pipeline.storage import lease, object_store, sync
+from pipeline.storage.lease import leased
+from pipeline.storage.object_store import Bucket, StoreError
+from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside
+from pipeline.storage.sync import Part, for_worker, home_of, listed, restore
 from tests.servers import ObjectStore, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,10 @@ def storage(
 
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.1)
-    monkeypatch.setattr(leases, "REST", 3.0)
-    monkeypatch.setattr(leases, "SETTLE", 0.1)
-    monkeypatch.setattr(leases, "POLL", 0.1)
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "REST", 3.0)
+    monkeypatch.setattr(lease, "SETTLE", 0.1)
+    monkeypatch.setattr(lease, "POLL", 0.1)
 
 
 def tiny(storage: str, **settings: Any) -> Config:
@@ -124,9 +125,9 @@ def test_name_with_the_marks_of_a_uri_is_kept(storage: str, tmp_path: Path) -> N
 def test_node_says_why_it_cannot_use_the_store(storage: str) -> None:
     bucket = Bucket(Remote(storage))
     assert reachable(bucket, "mark") == "does not see what the driver wrote there"
-    bucket.write("mark", b"0")
+    object_store.write("mark", b"0")
     assert reachable(bucket, "mark") == ""
-    assert bucket.files() == ["mark"], "nothing is left"
+    assert object_store.files() == ["mark"], "nothing is left"
 
 
 @pytest.mark.parametrize(
@@ -213,14 +214,14 @@ def test_file_that_grows_while_it_is_uploaded_arrives_in_one_of_its_states(
     journal = ours / "journal.jsonl"
     put(ours, run="")
     journal.write_text("a")
-    real = bucket.blocks
+    real = object_store.blocks
 
     def blocks(source: bytes | Path) -> Iterator[bytes]:
         if source == journal and len(text := journal.read_text()) < 4:
             journal.write_text(text + "a")
         yield from real(source)
 
-    monkeypatch.setattr(bucket, "blocks", blocks)
+    monkeypatch.setattr(object_store, "blocks", blocks)
     Part(home, ours, "tracking").push()
     Part(home, theirs, "tracking").pull()
     sent = held(theirs)["journal.jsonl"]
@@ -303,8 +304,8 @@ def test_owner_that_was_killed_is_followed_at_once_here_and_after_a_rest_elsewhe
     home = Remote(f"{storage}/run")
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True, check=True)  # fmt: skip
-    for host, least in ((leases.platform.node(), 0.0), ("another", leases.REST)):
-        owner = {"token": "t", "host": host, "boot": leases.boot(), "pid": int(dead.stdout)}
+    for host, least in ((lease.platform.node(), 0.0), ("another", lease.REST)):
+        owner = {"token": "t", "host": host, "boot": lease.boot(), "pid": int(dead.stdout)}
         Bucket(home).write("owner.json", json.dumps(owner).encode())
         began = time.monotonic()
         with leased(home, tmp_path / "a", silent, 60) as free:
@@ -317,12 +318,12 @@ def test_worker_of_an_owner_that_lost_its_run_writes_nothing_more(storage: str) 
     folder = run_folder(tiny(storage))
     home = home_of(folder)
     assert home is not None
-    leases.sign(home, "first", 0)
+    lease.sign(home, "first", 0)
     push = for_worker(folder)
     assert push is not None
     put(folder, checkpoints__step_1__w="1")
     push()
-    leases.sign(home, "second", 0)
+    lease.sign(home, "second", 0)
     put(folder, checkpoints__step_2__w="2")
     with pytest.raises(StoreError, match="another process has taken over"):
         push()
@@ -343,7 +344,7 @@ def test_store_that_is_away_for_a_while_costs_no_checkpoint(
             raise StoreError("away")
         return real(self, name, source)
 
-    monkeypatch.setattr(stores, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(sync, "PAUSES", (0.0, 0.0))
     monkeypatch.setattr(Bucket, "write", write)
     put(folder, checkpoints__step_1__w="1")
     push()

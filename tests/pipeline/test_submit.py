@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import submit
-from pipeline.reach import ask, is_loopback, look_at_dashboard, ray_token
+from pipeline.distributed.dashboard import ask, is_loopback, look_at_dashboard, ray_token
 
 TOKEN = "a" * 64
 

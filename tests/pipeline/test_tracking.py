@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.journal import Journal
 from pipeline.tracking import Tracker, download, resolve_uri, send_rest, without_password
+from pipeline.tracking.outbox import Journal
 from tests.servers import closed_port, wait_until
 
 EXPERIMENT = "tracking-test"
@@ -263,7 +263,7 @@ def test_names_that_mlflow_refuses_are_mended(tmp_path: Path, database: str) -> 
 def test_what_the_server_refuses_does_not_hold_up_the_rest(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.journal.name_for_server", lambda key: key)
+    monkeypatch.setattr("pipeline.tracking.outbox.name_for_server", lambda key: key)
     tracker = begin(tmp_path, database)
     tell(tracker, 1, 2)
     tell(tracker, 3, key="bad@name")

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from pipeline.checkpoint import load_model
-from pipeline.config import Config, override
-from pipeline.data.loading import Images, Splits, to_float
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.context import Session
+from pipeline.data.augmentation import to_float
+from pipeline.data.splits import Images, Splits
 from pipeline.data.synthetic import Synthetic
+from pipeline.end_of_run import tryout
 from pipeline.loop import fit
 from pipeline.presets import PRESETS
-from pipeline.session import Session
-from pipeline.tryout import tryout
 
 SETTINGS = {
     "epochs": 1,

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cells import costs
 from pipeline.presets import PRESETS
+from pipeline.presets.paper_grid import costs
 from pipeline.tracking import resolve_run
 from pipeline.tune.__main__ import run as sweep
-from pipeline.tune.book import Book, Entry
+from pipeline.tune.asha import Halving
 from pipeline.tune.finalists import front
-from pipeline.tune.request import Request, prospect, read_request
-from pipeline.tune.schedule import Halving
 from pipeline.tune.search import next_point
+from pipeline.tune.sweep_request import Request, prospect, read_request
+from pipeline.tune.trial_log import Book, Entry
 from tests.fault.faults import WORDS, Command
 from tune_spaces import SPACES
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray import tune
 
-from pipeline.config import flatten, override
+from pipeline.config.overrides import flatten, override
 from pipeline.presets import PRESETS
 from tune_spaces import SPACES, Space
 

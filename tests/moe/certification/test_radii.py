@@ -36,8 +36,8 @@ from moe.normalize import Normalize
 from moe.routing import Routing
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import margin_per_image
-from pipeline.norms import bound_norms
+from pipeline.optimization.losses import margin_per_image
+from pipeline.optimization.norm_bound import bound_norms
 
 SIZE, CLASSES = 4, 3
 

@@ -14,7 +14,7 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD
-from pipeline.losses import cross_entropy_per_image
+from pipeline.optimization.losses import cross_entropy_per_image
 from pipeline.seeding import ImageNoise, Noise, generator_at
 
 EPS = 0.1

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline.data.crops import CentreCrop, RandomCrop, random_box
-from pipeline.data.loading import stream
+from pipeline.data.splits import stream
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

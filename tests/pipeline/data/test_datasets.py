@@ -11,7 +11,7 @@ import torch
 from pipeline.data import DATASETS, OnDisk
 from pipeline.data.cifar import Cifar10, Cifar100
 from pipeline.data.digits import Digits
-from pipeline.data.loading import Splits
+from pipeline.data.splits import Splits
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tiny_imagenet import TinyImageNet
 

@@ -11,9 +11,9 @@ from pyarrow import fs
 from pipeline.data import files
 from pipeline.data.cifar import Cifar10
 from pipeline.data.files import DamagedDataError, Remote, find_shards, find_splits, fingerprint
-from pipeline.data.loading import Share, locate
 from pipeline.data.parquet import Layout
-from pipeline.data.rows import read_index
+from pipeline.data.row_groups import read_index
+from pipeline.data.splits import Share, locate
 from pipeline.data.streaming import Streamed
 
 NAME = "{}-00000-of-00001.parquet"

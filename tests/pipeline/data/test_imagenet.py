@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import Config, override
-from pipeline.data.checking import check_split
+from pipeline.config import Config
+from pipeline.config.overrides import override
 from pipeline.data.crops import CentreCrop
 from pipeline.data.files import DamagedDataError
 from pipeline.data.imagenet import ImageNet
-from pipeline.data.loading import Share, Splits
 from pipeline.data.parquet import Layout
-from pipeline.data.rows import read_index
+from pipeline.data.row_groups import read_index
+from pipeline.data.splits import Share, Splits
 from pipeline.data.streaming import Streamed
 from pipeline.data.tiny_imagenet import TinyImageNet
+from pipeline.data.validate import check_split
 from pipeline.loop import fit
 
 ONE = "{}-00000-of-00001.parquet"
@@ -78,7 +79,7 @@ def test_validation_and_test_are_centre_crops_of_rows_that_are_not_trained_on(da
 
 def test_centre_crops_are_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = small().load(seed=0)
-    monkeypatch.setattr("pipeline.data.rows.decode_unit", None)
+    monkeypatch.setattr("pipeline.data.row_groups.decode_unit", None)
     again = small().load(seed=0)
     assert torch.equal(first.validation.pixels_NCHW, again.validation.pixels_NCHW)
     assert torch.equal(first.test.pixels_NCHW, again.test.pixels_NCHW)
@@ -200,11 +201,11 @@ class StopError(Exception):
 def test_a_run_on_a_stream_that_is_interrupted_ends_as_if_it_had_not_been(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import checkpoint, final
-    from pipeline.session import Session
+    from pipeline import checkpoint, end_of_run
+    from pipeline.context import Session
 
-    monkeypatch.setattr(final, "images_per_second", lambda models, *_: [1.0] * len(models))
-    monkeypatch.setattr(final, "draw", lambda *_: None)
+    monkeypatch.setattr(end_of_run, "images_per_second", lambda models, *_: [1.0] * len(models))
+    monkeypatch.setattr(end_of_run, "draw", lambda *_: None)
     changes = {"dataset": "imagenet", "dataset.variant": "imagenette", "dataset.image_size": 16}
     changes |= {"dataset.validation": 0.2, "algorithm": "standard", "backbone.ratio": 0.125}
     changes |= {"evaluation.steps": 1, "evaluation.validation_steps": 1, "epochs": 2}

@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from pipeline.data.loading import (
-    Images,
-    augment,
-    epoch_order,
-    make_splits,
-    stratified_split,
-    take,
-    to_float,
-)
+from pipeline.data.augmentation import augment, to_float
+from pipeline.data.splits import Images, epoch_order, make_splits, stratified_split, take
 
 
 def images_of(labels_N: Tensor) -> Images:

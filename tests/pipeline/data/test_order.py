@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.loading import Share, stream
-from pipeline.data.order import Reading, plan, windowed_order
+from pipeline.data.splits import Share, stream
+from pipeline.data.window_shuffle import Reading, plan, windowed_order
 
 SIZES = torch.tensor([5, 9, 1, 7, 7, 3, 12, 4, 8, 6])
 

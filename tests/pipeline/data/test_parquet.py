@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.files import DamagedDataError, find_shards, fingerprint
 from pipeline.data.parquet import Layout, load_parquet
-from pipeline.data.writing import write_parquet
+from pipeline.data.write_parquet import write_parquet
 
 LAYOUT = Layout("label", num_classes=3, size=32)
 ONE = "train-00000-of-00001.parquet"

@@ -14,11 +14,11 @@ from PIL import Image
 from pipeline.data import streaming
 from pipeline.data.crops import RandomCrop
 from pipeline.data.files import DamagedDataError, find_shards
-from pipeline.data.loading import Share
-from pipeline.data.order import windowed_order
 from pipeline.data.parquet import Layout
-from pipeline.data.rows import UNIT, Index, Unit, in_threads, read_index
+from pipeline.data.row_groups import UNIT, Index, Unit, in_threads, read_index
+from pipeline.data.splits import Share
 from pipeline.data.streaming import Streamed
+from pipeline.data.window_shuffle import windowed_order
 
 LAYOUT = Layout("label", 1000)
 KINDS = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("P", "PNG")]

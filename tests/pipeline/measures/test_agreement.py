@@ -12,9 +12,9 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.attacks.pgd import PGD
 from pipeline.data import DATASETS
-from pipeline.data.loading import to_float
+from pipeline.data.augmentation import to_float
 from pipeline.measures import MEASURES
-from pipeline.measures.attacked import is_correct
+from pipeline.measures.base import is_correct
 from pipeline.seeding import ImageNoise
 
 IMAGES = 160

@@ -14,11 +14,11 @@ from torch import Tensor
 from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.attacks.pgd import PGD
-from pipeline.data.loading import to_float
+from pipeline.data.augmentation import to_float
 from pipeline.measures import MEASURES, PACKAGED
 from pipeline.measures import auto_attack as adapter
-from pipeline.measures.attacked import is_correct, untouched
 from pipeline.measures.auto_attack import STANDARD, AutoAttack, AutoAttackSurrogate, Square
+from pipeline.measures.base import is_correct, untouched
 from pipeline.seeding import ImageNoise
 from tests.analytic import EPS as FLIP
 from tests.analytic import route_flip, route_flip_images

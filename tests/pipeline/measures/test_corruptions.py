@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur as reference_blur
 
 from moe.network import Network
-from pipeline.data.loading import Images
+from pipeline.data.splits import Images
 from pipeline.measures.corruptions import (
     CORRUPTIONS,
     SEVERITIES,

@@ -14,11 +14,11 @@ from moe.network import Network
 from moe.routing import Routing
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
-from pipeline.data.loading import to_float
-from pipeline.losses import margin_per_image
+from pipeline.data.augmentation import to_float
 from pipeline.measures import FLOORS, MEASURES, PACKAGED, Transfer
+from pipeline.measures.fixed_route import OneExpert, per_expert
 from pipeline.measures.forced_route import ForcedRoute, ForcedRouteAPGD
-from pipeline.measures.free_choice import OneExpert, per_expert
+from pipeline.optimization.losses import margin_per_image
 from pipeline.seeding import ImageNoise
 from tests.analytic import EPS, route_flip, route_flip_images
 

@@ -14,7 +14,7 @@ from moe.mixture_of_networks import Gate, Mix, Mixture
 from moe.network import Network
 from moe.routing import Route, Routing
 from pipeline.attacks.pgd import PGD
-from pipeline.data.loading import to_float
+from pipeline.data.augmentation import to_float
 from pipeline.measures import MEASURES
 from pipeline.seeding import ImageNoise
 from tests.analytic import EPS, QuadrantExperts, SignRouter, route_flip, route_flip_images

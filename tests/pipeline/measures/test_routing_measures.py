@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.measures.routing import expert_overlap, flip_matrix, flip_rates, router_margin
+from pipeline.measures.routing_change import expert_overlap, flip_matrix, flip_rates, router_margin
 
 
 def test_flips_are_counted_among_all_the_broken_and_the_surviving() -> None:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from moe.fold_batchnorm import fold
 from moe.network import Network
-from pipeline.masked import masked
-from pipeline.measures.relaxed import (
+from pipeline.bench.masked import masked
+from pipeline.measures.soft_gates import (
+    VARIANTS,
+    Surrogate,
     pathways,
     relaxed,
     soft_at,
     soft_backward,
     straight_through,
 )
-from pipeline.measures.surrogate import VARIANTS, Surrogate
 
 Build = Callable[..., Network]
 

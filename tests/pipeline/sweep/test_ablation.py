@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.measures.interval import wilson
+from pipeline.measures.confidence import wilson
 from pipeline.report.statistics import t975
 from pipeline.sweep import write_answer
 from pipeline.sweep.ablation import ablation_of, ablation_table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.measures.interval import wilson
+from pipeline.measures.confidence import wilson
 from pipeline.sweep import write_answer
 from tests.sweeps import IMAGES, Store, shares
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.report.runs import Run
-from pipeline.sweep.front import front_of, undominated
+from pipeline.sweep.pareto import front_of, undominated
 from pipeline.sweep.trials import Objective, Trial
 
 AXES = (Objective("val/sa", "max"), Objective("val/ra_worst", "max"), Objective("cost/gmac", "min"))

@@ -136,7 +136,8 @@ def test_trial_without_a_logged_model_gets_one_from_its_best_checkpoint(
 ) -> None:
     """The artifact that every run uploads is enough."""
     from pipeline import checkpoint
-    from pipeline.config import Config, override
+    from pipeline.config import Config
+    from pipeline.config.overrides import override
     from pipeline.data.synthetic import Synthetic
 
     parent = store.sweep("kept")

@@ -1,0 +1,179 @@
+"""Driver of a training run: MLflow run, Ray workers, result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.arguments import PREEMPTED, fail
+from pipeline.cli.console import Follower
+from pipeline.config import Config
+from pipeline.distributed.cluster import ray_cluster, stoppable
+from pipeline.distributed.events import delivering
+from pipeline.distributed.worker_group import Crew, cause, crowded_out, listening
+from pipeline.storage.object_store import StoreError
+from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside, shown
+from pipeline.storage.sync import restore
+from pipeline.tracking import OutageError, Tracker, send_rest, strictly
+from pipeline.tracking.runs import open_run
+
+CONTINUES = "the same command continues from the last checkpoint"
+
+
+def train(
+    config: Config,
+    *,
+    fresh: bool = False,
+    follower: Follower | None = None,
+    tags: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> int:
+    """Train a config to its end, or continue it; returns the exit code.
+
+    Args:
+        tags: Of the MLflow run, beside those that every run has.
+        strict: Whether an outage of MLflow ends the run with an error.
+
+    Raises:
+        ValueError: The config cannot be kept or tracked where it wants to be.
+    """
+    check_lasting(config)
+    follower, folder = follower or Follower(), run_folder(config)
+    with owned(folder, follower.say) as free:
+        if not free:
+            return fail(f"another process is at {config.name} in {shown(folder)}", 1)
+        try:
+            return train_alone(config, fresh, follower, tags or {}, strict)
+        except OutageError as error:
+            return fail(str(error), 1)
+
+
+def train_alone(
+    config: Config, fresh: bool, follower: Follower, tags: Mapping[str, str], strict: bool
+) -> int:
+    """Train in a run folder that nobody else uses; returns the exit code.
+
+    Raises:
+        OutageError: MLflow is away, and the run is strict.
+    """
+    folder = run_folder(config)
+    if fresh and (old := set_aside(folder)):
+        follower.say(f"the earlier run is kept in {shown(old)}")
+    if (result := folder / "result.json").is_file():
+        sent = send_rest(folder, config.tracking_uri)
+        if strict and not sent:
+            return fail(f"MLflow lacks the end of {config.name}; the same command sends it", 1)
+        return show_finished(config, follower, json.loads(result.read_text()))
+    try:
+        splits = config.dataset.load(config.seed)  # bad data ends the run before Ray starts
+    except ValueError as error:
+        return fail(str(error), 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    follower.say(
+        f"{config.name}: {len(splits.train)} training, {len(splits.validation)} validation, "
+        f"{len(splits.test)} test images; {config.workers} worker(s); run folder {shown(folder)}"
+    )
+    own = {
+        "fingerprint": config.fingerprint,
+        "dataset_sha256": splits.sha256,
+        "run_folder": str(folder),
+    }
+    return follow(config, folder, open_run(config, folder, {**own, **tags}, strict), follower)
+
+
+def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -> int:
+    """Run the workers, pass their events on, and end the MLflow run with the right status."""
+    ending: dict[str, Any] = {}
+    status = "failed"
+    try:
+        with stoppable(), strictly(tracker):
+            ending = fit_on_ray(config, folder, tracker, follower)
+        if "metrics" in ending:
+            log_model(config, folder, tracker)
+            write_result(folder, ending["metrics"], tracker)
+            status = "finished"
+    except (KeyboardInterrupt, SystemExit):
+        status = "preempted"
+        ending = {"text": f"stopped; {CONTINUES}"}
+    except Exception as error:
+        ending = {"text": cause(error)}
+        if crowded_out(error):
+            status = "preempted"
+            ending = {"text": f"no room for workers={config.workers} is left; {CONTINUES}"}
+    finally:
+        follower.close()
+        sent = tracker.close(status)
+    if not sent:
+        follower.say("warning: MLflow does not have everything yet; the same command sends it")
+    if status != "finished":
+        text = ending.get("text", "the workers ended without a result")
+        return fail(text, PREEMPTED if status == "preempted" else 1)
+    if tracker.strict and not sent:
+        return fail(str(tracker.outage()), 1)
+    follower.results(config.name, ending["metrics"])
+    follower.say(f"run {tracker.run_id}; run folder {shown(folder)}")
+    follower.say(f"see it with: {tracker.ui_hint()}")
+    return 0
+
+
+def fit_on_ray(
+    config: Config, folder: Path, tracker: Tracker, follower: Follower
+) -> dict[str, Any]:
+    """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
+    from pipeline.distributed.events import open_mailbox
+
+    ending: dict[str, Any] = {}
+
+    def handle(event: Mapping[str, Any]) -> None:
+        if event["kind"] in ("finished", "failed", "stopped"):
+            ending.update(event)
+        if event["kind"] == "artifacts":  # which a worker of another node may have written
+            try:
+                restore(folder, "training")
+            except StoreError as error:
+                follower.say(f"warning: {error}")
+        if event["kind"] == "judging":
+            ending["judging"] = True
+        if event["kind"] == "progress":
+            ending["updates"] = ending.get("updates", 0) + 1
+        tracker.handle(event)
+        follower.handle(event)
+
+    with ray_cluster(config), listening(follower.say) as stop:
+        mailbox = open_mailbox()
+        with delivering(mailbox, handle):
+            Crew(config, folder, mailbox, stop, ending, handle).work()
+    return ending
+
+
+def log_model(config: Config, folder: Path, tracker: Tracker) -> None:
+    """Log the best model to MLflow in its exportable form, with its signature."""
+    import torch
+
+    from moe.export import exportable
+    from pipeline.checkpoint import load_model
+
+    model = exportable(load_model(folder / "checkpoints" / "best"))
+    size = config.dataset.image_size
+    generator = torch.Generator().manual_seed(config.seed)
+    tracker.log_model(model, torch.rand(4, 3, size, size, generator=generator).numpy())
+
+
+def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker) -> None:
+    """Mark a run as finished: the file appears whole, and last."""
+    text = json.dumps(
+        {"metrics": metrics, "run_id": tracker.run_id, "ui": tracker.ui_hint()}, indent=2
+    )
+    draft = folder / ".result.json"
+    draft.write_text(text + "\n")
+    draft.replace(folder / "result.json")
+
+
+def show_finished(config: Config, follower: Follower, result: Mapping[str, Any]) -> int:
+    """Say that a run is finished, and show its table again."""
+    follower.results(config.name, result["metrics"])
+    follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
+    follower.say(f"see it with: {result['ui']}")
+    return 0

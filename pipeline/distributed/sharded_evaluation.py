@@ -1,0 +1,89 @@
+"""Attacks on the images of several jobs, in this process or split over Ray workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from moe.network import Network
+from pipeline.cli.console import Follower
+from pipeline.config import Config
+from pipeline.context import best_device
+from pipeline.distributed.cluster import ray_cluster
+from pipeline.distributed.events import delivering
+from pipeline.evaluation.evaluator import Job
+from pipeline.evaluation.outcome_cache import Ledger
+from pipeline.measures.runner import Effort, Verdicts, join, judge
+from pipeline.seeding import seed_of
+
+Say = Callable[[Mapping[str, Any]], object]
+
+
+def shards(
+    config: Config,
+    model: Network,
+    jobs: Mapping[str, Job],
+    store: Ledger | None,
+    batch: int,
+    follower: Follower,
+) -> dict[str, Verdicts]:
+    """Make every attack, in this process or in shards on Ray; the outcomes are the same."""
+    seed, world = seed_of(config.seed, "test"), config.workers
+
+    def share(rank: int, net: Network, work: Mapping[str, Job], say: Say) -> dict[str, Verdicts]:
+        device = best_device()
+        net, found = net.to(device), {}
+        for name, job in work.items():
+            began = time.monotonic()
+
+            def tell(done: int, of: int, on: str, job: str = name, began: float = began) -> None:
+                what = on if job == "main" else f"checks: {on}"
+                spent = time.monotonic() - began
+                if rank == 0:
+                    say({"kind": "judging", "what": what, "done": done, "of": of, "seconds": spent})
+
+            def ended(on: str, effort: Effort, job: str = name) -> None:
+                if rank == 0 and job == "main":
+                    say({"kind": "judged", "name": on, "world": world, **asdict(effort)})
+
+            found[name] = judge(
+                net,
+                job.images,
+                job.measures,
+                seed=seed,
+                device=device,
+                rank=rank,
+                world=world,
+                tell=tell,
+                ended=ended,
+                ids_N=job.ids_N,
+                store=store,
+                cascade=job.cascade,
+                batch=batch,
+            )
+        return found
+
+    if world == 1:
+        done = share(0, model, jobs, follower.handle)
+        follower.close()
+        return done
+    import ray
+
+    from pipeline.distributed.events import open_mailbox
+
+    def shard(rank: int, net: Network, work: Mapping[str, Job], mailbox: Any) -> Any:
+        torch.set_num_threads(1)
+        return share(rank, net, work, mailbox.put.remote)
+
+    with ray_cluster(config):
+        mailbox = open_mailbox()
+        task = ray.remote(num_cpus=1)(shard)
+        net, work = ray.put(model), ray.put(dict(jobs))
+        with delivering(mailbox, follower.handle):
+            parts = ray.get([task.remote(rank, net, work, mailbox) for rank in range(world)])
+        follower.close()
+    return {name: join([part[name] for part in parts]) for name in jobs}

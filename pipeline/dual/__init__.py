@@ -1,0 +1,1 @@
+"""Dual models of two trained runs: attack at each alpha, accuracy against robustness."""

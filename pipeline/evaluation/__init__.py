@@ -1,0 +1,1 @@
+"""Evaluation of a trained model: plan, outcomes, model card, plots."""

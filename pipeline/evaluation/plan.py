@@ -1,0 +1,107 @@
+"""Plan of an evaluation: tier, attacks, images, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+from pipeline.config import Config
+from pipeline.config.overrides import parse
+from pipeline.context import best_device
+from pipeline.data.splits import Images
+from pipeline.evaluation.evaluator import Job, cascaded, main_job, side_jobs
+from pipeline.evaluation.find_model import Source
+from pipeline.evaluation.outcome_cache import OUTCOMES_VERSION, Ledger, digest, digest_of_images
+from pipeline.measures import MEASURES, PACKAGED, Transfer
+from pipeline.measures.sanity.probe_attacks import CURVE_STEPS
+from pipeline.measures.tiers import TIERS, Tier, measures_of
+from pipeline.storage.sync import storage_root
+
+PREFIXES = ("evaluation.", "dataset.path", "dataset.test_images")
+
+
+WHERE = ("experiment", "storage", "tracking_uri", "workers")
+
+
+OPTIONS = ("tier", "measure", "checks", "corruptions", "cascade", "reuse", "batch")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one evaluation does.
+
+    Attributes:
+        name, tier: The tier, with its measures replaced by those of the command line.
+        checks, corruptions, cascade, reuse, batch: As in the usage.
+        transfer: The model of another run, None for none.
+    """
+
+    name: str
+    tier: Tier
+    checks: bool = True
+    corruptions: bool = False
+    cascade: bool = False
+    reuse: bool = True
+    batch: int = 256
+    transfer: Source | None = None
+
+
+def read_plan(options: Mapping[str, str]) -> Plan:
+    """Read the options that are no settings of a config."""
+    name = parse("tier", options.get("tier", "standard"), str)
+    if name not in TIERS:
+        raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {name!r}")
+    tier, asked = TIERS[name], "measure" in options
+    if asked:
+        names = tuple(options["measure"].split(","))
+        if unknown := [name for name in names if name not in MEASURES]:
+            raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
+        tier = replace(tier, measures=names)
+    lacking = [name for name in tier.measures if name in PACKAGED]
+    if lacking and find_spec("pyautoattack") is None:
+        if asked or name == "full":
+            raise ValueError(
+                f"{lacking[0]} needs the package pyautoattack: pip install 'robust-moe[eval]'"
+            )
+        tier = replace(tier, measures=tuple(n for n in tier.measures if n not in lacking))
+    batch = parse("batch", options.get("batch", 256), int)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    return Plan(
+        name,
+        tier,
+        checks=parse("checks", options.get("checks", not asked), bool),
+        corruptions=parse("corruptions", options.get("corruptions", False), bool),
+        cascade=parse("cascade", options.get("cascade", False), bool),
+        reuse=parse("reuse", options.get("reuse", True), bool),
+        batch=batch,
+    )
+
+
+def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
+    """Choose images and attacks: those of the table under ``main``, and those of the checks."""
+    experts = config.backbone.num_experts
+    measures = measures_of(plan.tier.measures, config.evaluation, num_experts=experts)
+    if plan.transfer is not None:
+        measures["ra_transfer"] = Transfer(
+            source=plan.transfer.model,
+            attack=config.evaluation.attack(config.evaluation.steps),
+            origin=plan.transfer.origin,
+        )
+    if not measures:
+        names = ", ".join(measures_of(MEASURES, config.evaluation, num_experts=experts))
+        raise ValueError(f"measure must be of {names} for a dense net, got others")
+    job = main_job(config, test, plan.tier, measures)
+    jobs = {"main": cascaded(job) if plan.cascade else job}
+    if plan.checks:
+        steps = min(config.evaluation.steps, CURVE_STEPS)
+        jobs |= side_jobs(config, job, plan.tier, curve_steps=steps)
+    return jobs
+
+
+def open_ledger(config: Config, network: str, test: Images) -> Ledger:
+    """Find the outcomes of a network under the run folders."""
+    place = (str(config.seed), digest_of_images(test), OUTCOMES_VERSION, best_device().type)
+    home = storage_root(config.storage) / config.experiment / "outcomes"
+    return Ledger(home, network, digest(*place))

@@ -1,0 +1,159 @@
+"""What became of each cell: on disk, and in the parent run in MLflow."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.cli.arguments import PREEMPTED
+from pipeline.config import Config
+from pipeline.grid.grid_request import Request
+from pipeline.storage.run_folder import run_folder
+from pipeline.tracking import Tracker, end_abandoned, send_rest
+from pipeline.tracking.outbox import replace_file
+from pipeline.tracking.queries import GRID, PARENT
+from pipeline.tracking.runs import commit
+
+
+@dataclass
+class Entry:
+    """One cell: ``waiting``, ``running``, ``finished``, ``failed`` or ``preempted``, and why."""
+
+    name: str
+    seed: int
+    fingerprint: str
+    folder: str
+    status: str = "waiting"
+    reason: str = ""
+    seconds: float = 0.0
+    run_id: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Tell it from the other cells."""
+        return f"{self.name} seed {self.seed}"
+
+
+class Book:
+    """Keeps the cells of a request, and tells the parent run what becomes of them.
+
+    What a cell reached stands in its own run folder and MLflow run, so whatever the grid's process
+    did not write down before it died is read there again.
+    """
+
+    def __init__(self, request: Request, *, strict: bool = False):
+        self.request, self.folder = request, request.folder
+        self.entries = [
+            Entry(config.name, config.seed, config.fingerprint, str(run_folder(config)))
+            for config in request.configs
+        ]
+        first = request.configs[0]
+        self.tracker = Tracker.open(
+            self.folder,
+            tracking_uri=first.tracking_uri,
+            experiment=first.experiment,
+            name=self.folder.name,
+            params={"cells": str(len(self.entries))},
+            tags={"commit": commit(), GRID: "parent", "run_folder": str(self.folder)},
+            strict=strict,
+        )
+        self._patience = self.tracker.patience  # for what finished cells left, all of them together
+
+    def unfinished(self) -> list[int]:
+        """Record the cells that are finished already; return the positions of the others."""
+        left = []
+        for place, config in enumerate(self.request.configs):
+            if (result := result_of(config)) is None:
+                left.append(place)
+            else:
+                self._adopt(config)
+                self.write(place, "finished", result=result)
+        return left
+
+    def write(
+        self,
+        place: int,
+        status: str,
+        *,
+        reason: str = "",
+        seconds: float = 0.0,
+        result: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Note what became of a cell, on disk and for the parent run."""
+        entry = self.entries[place]
+        entry.status, entry.reason, entry.seconds = status, reason, seconds
+        if result is not None:
+            entry.run_id, entry.metrics = result["run_id"], dict(result["metrics"])
+        self.tracker.handle({"kind": "tag", "key": f"cell/{entry.key}", "value": told(entry)})
+        rows = [asdict(entry) for entry in self.entries]
+        replace_file(self.folder / "cells.json", json.dumps(rows, indent=2) + "\n")
+        return entry
+
+    def ended(self, place: int, code: int, reason: str, seconds: float) -> Entry:
+        """Note the end of a cell's process; end its MLflow run if it could not do so itself."""
+        config = self.request.configs[place]
+        if code == 0 and (result := result_of(config)) is not None:
+            self._adopt(config)
+            return self.write(place, "finished", seconds=seconds, result=result)
+        if code == PREEMPTED:  # by itself, with a checkpoint
+            end_abandoned(run_folder(config), config.tracking_uri, "preempted")
+            return self.write(place, "preempted", reason=reason)
+        if code < 0:
+            name = signal.Signals(-code).name
+            reason = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+        end_abandoned(run_folder(config), config.tracking_uri, "failed")
+        return self.write(place, "failed", reason=reason or f"ended with code {code}")
+
+    def stopped(self, place: int) -> None:
+        """Note that a cell was stopped with the grid."""
+        config = self.request.configs[place]
+        if (result := result_of(config)) is not None:  # it was about to end
+            self.write(place, "finished", result=result)
+            return
+        end_abandoned(run_folder(config), config.tracking_uri, "preempted", timeout=5.0)
+        self.write(place, "preempted")
+
+    def close(self, status: str) -> bool:
+        """End the parent run; tell whether MLflow has everything."""
+        counts = {s: sum(e.status == s for e in self.entries) for s in ("finished", "failed")}
+        for name, count in counts.items():
+            self.tracker.handle({"kind": "tag", "key": f"cells_{name}", "value": str(count)})
+        if (self.folder / "cells.json").exists():
+            self.tracker.upload(self.folder, ["cells.json"], timeout=5.0)
+        return self.tracker.close(status)
+
+    def _adopt(self, config: Config) -> None:
+        """Make a run a child of this grid, unless it is one of another; send what it still has."""
+        parent = self.tracker.run_id
+        began = time.monotonic()
+        tags, wait = {PARENT: parent} if parent else {}, max(1.0, self._patience)
+        if not send_rest(run_folder(config), config.tracking_uri, tags=tags, timeout=wait):
+            self._patience -= time.monotonic() - began
+
+
+def result_of(config: Config) -> dict[str, Any] | None:
+    """Read the result of a finished run; None if there is none."""
+    try:
+        found: dict[str, Any] = json.loads((run_folder(config) / "result.json").read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def told(entry: Entry) -> str:
+    """Say in one line what became of a cell."""
+    if entry.status == "failed":
+        return f"failed: {entry.reason}"
+    return f"{entry.status}{f': {shares(entry.metrics)}' if entry.metrics else ''}"
+
+
+def shares(metrics: Mapping[str, float]) -> str:
+    """Show the accuracies that matter."""
+    robust = [n for n in metrics if n.startswith("test/ra_pgd") and n[11:].isdigit()]
+    names = {"test/sa": "SA", **dict.fromkeys(robust[:1], "RA"), "test/ra_worst": "RA worst"}
+    return ", ".join(f"{short} {metrics[n]:.1%}" for n, short in names.items() if n in metrics)

@@ -1,0 +1,1 @@
+"""Sanity checks of an evaluation, and the verdict that follows from them."""

@@ -1,0 +1,1 @@
+"""One update: state, losses, averaged weights, perturbed weights, bounded norms."""

@@ -1,0 +1,1 @@
+"""Run folders, on a disk or in an object store."""

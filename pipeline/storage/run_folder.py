@@ -1,0 +1,110 @@
+"""Where a run is kept, and that it is there alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data import OnDisk
+from pipeline.storage.lease import leased
+from pipeline.storage.object_store import check_uri
+from pipeline.storage.sync import home_of, set_home_aside, storage_root
+from pipeline.tracking import resolve_uri
+
+POLL = 0.3  # seconds between two tries for a lock
+
+
+def run_folder(config: Config) -> Path:
+    """Name the folder of a run: its name and its fingerprint are its identity."""
+    root = storage_root(config.storage) / config.experiment
+    return root / f"{config.name}-{config.fingerprint[:8]}"
+
+
+def check_lasting(config: Config) -> None:
+    """Refuse places that a run could not be found in again.
+
+    Raises:
+        ValueError: The storage is no folder and no URI of a kind that we reach; or this is a Ray
+            job, whose working directory is a temporary copy, and the run would be kept, tracked or
+            look for its data below it.
+    """
+    if remote := "://" in config.storage:
+        check_uri(config.storage)
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if not (job.get("runtime_env") or {}).get("working_dir"):
+        return
+    want = []
+    if not remote and not Path(config.storage).expanduser().is_absolute():
+        want.append("storage=/shared/runs")
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri or resolve_uri(uri) != uri.rstrip("/"):
+        want.append("MLFLOW_TRACKING_URI=http://server:5000 (or sqlite:////shared/mlflow.db)")
+    data = config.dataset.path or os.environ.get("ROBUST_MOE_DATA", "")
+    if isinstance(config.dataset, OnDisk) and not ("://" in data or Path(data).is_absolute()):
+        want.append("ROBUST_MOE_DATA=/shared/data")
+    if want:
+        raise ValueError(
+            "a Ray job's working directory is a temporary copy, so nothing can be kept in it; "
+            f"give places that last: {', '.join(want)}"
+        )
+
+
+@contextmanager
+def owned(folder: Path, say: Callable[[str], None], patience: float = 60.0) -> Iterator[bool]:
+    """Keep other processes out of a folder; tell whether it was free within so many seconds.
+
+    A driver that was killed may leave one that still writes its last checkpoint, hence the wait.
+    The lock ends with the process, however it ends; where the folder's home is an object store,
+    other machines are kept out as ``leases`` says, and the folder is fetched and kept there.
+    """
+    with locked(folder, say, patience) as free:
+        home = home_of(folder)
+        if not free or home is None:
+            yield free
+            return
+        with leased(home, folder, say, patience) as ours:
+            yield ours
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None], patience: float) -> Iterator[bool]:
+    """Keep other processes out of a folder, as far as its disk has locks."""
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline, free, said = time.monotonic() + patience, False, False
+    with (folder.parent / f".{folder.name}.lock").open("a") as file:
+        while not free:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except BlockingIOError:
+                if not said:
+                    say(f"another process has {shown(folder)}: waits for it")
+                if time.monotonic() > deadline:
+                    break
+                said = True
+                time.sleep(POLL)
+            except OSError:  # a file system without locks
+                free = True
+        yield free
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder, so that a run can begin anew under its name; None: there was none."""
+    if not folder.exists():
+        return None
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    set_home_aside(folder, aside)
+    return folder.rename(aside)
+
+
+def shown(path: Path) -> str:
+    """Shorten a path that lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,43 @@
+"""The MLflow run of a run folder, and the commit of the code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config.overrides import flatten
+from pipeline.tracking import Tracker
+
+
+def open_run(
+    config: Config, folder: Path, tags: Mapping[str, str], strict: bool = False
+) -> Tracker:
+    """Begin or continue the MLflow run of a folder, with the config as its parameters."""
+    return Tracker.open(
+        folder,
+        tracking_uri=config.tracking_uri,
+        experiment=config.experiment,
+        name=config.name,
+        params={key: str(value) for key, value in flatten(config).items()},
+        tags={"commit": commit(), **tags},
+        strict=strict,
+    )
+
+
+def commit() -> str:
+    """Name the commit of the code, with ``-dirty`` where it was changed since."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("ROBUST_MOE_COMMIT", "unknown")  # told by pipeline.submit

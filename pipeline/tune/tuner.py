@@ -1,0 +1,190 @@
+"""Trials under Ray Tune: each a function that builds Ray Train's trainer, on the head node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from pipeline.cli.console import span
+from pipeline.config import read
+from pipeline.config.overrides import flatten
+from pipeline.distributed.worker_group import cause, make_trainer
+from pipeline.tune.asha import Halving, Unkept
+from pipeline.tune.trial_log import Book, Entry
+
+HEAD = {"node:__internal_head__": 0.001}
+"""What a trial's own process takes: no CPU, which its workers would wait for in vain."""
+POLL = 0.3  # seconds between two looks into the mailbox
+Say = Callable[[str], None]
+
+
+def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str, Any]:
+    """Train one trial; what its workers report at the end of an epoch goes to Tune.
+
+    An error that would come again is an event, not an exception: Tune would try once more.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    settings = read(config["config"])
+    trainer = make_trainer(
+        settings,
+        Path(config["folder"]),
+        mailbox,
+        int(settings.workers),
+        gpus=gpus,
+        callbacks=[TuneReportCallback()],
+        trial=config["trial"],
+    )
+    trainer.fit()
+    return {"ended": True}
+
+
+class Chooser(Unkept, Searcher):  # type: ignore[misc]
+    """Hands Tune the trials of the book."""
+
+    def __init__(self, book: Book, say: Say):
+        super().__init__(metric=None, mode=None)
+        self.book, self.say = book, say
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's settings."""
+        before = len(self.book.entries)
+        entry = self.book.next()
+        for passed in self.book.entries[before:]:
+            if passed.status == "infeasible":
+                self.say(f"[{passed.trial}] infeasible: {passed.reason}")
+        if entry is None:
+            return Searcher.FINISHED
+        self.say(f"[{entry.trial}] {words(entry.point)}")
+        return as_told(self.book, entry)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Do nothing: the book knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the book is saved."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: the book is read."""
+
+
+def as_told(book: Book, entry: Entry) -> dict[str, Any]:
+    """Write down what a trial's process needs to know."""
+    return {
+        "trial": entry.trial,
+        "config": flatten(book.request.config(entry.trial, entry.point)),
+        "folder": str(book.request.trial_folder(entry.trial)),
+    }
+
+
+class Course(Unkept, tune.Callback):  # type: ignore[misc]
+    """Follows the trials from Tune's own loop: events to MLflow, ends to the book."""
+
+    def __init__(self, book: Book, mailbox: Any, say: Say):
+        self.book, self.mailbox, self.say = book, mailbox, say
+        self.endings: dict[str, Mapping[str, Any]] = {}
+        self.last = 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Take the mail every so often."""
+        if time.monotonic() - self.last > POLL:
+            self.take()
+
+    def take(self) -> None:
+        """Hand on what the workers have sent."""
+        for event in ray.get(self.mailbox.take.remote()):
+            self.book.handle(event)
+            if event["kind"] in ("finished", "failed"):
+                self.endings[event["trial"]] = event
+            if event["kind"] in ("epoch", "warning", "resumed"):
+                self.say(f"[{event['trial']}] {line(event)}")
+        self.last = time.monotonic()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note how a trial ended."""
+        name = str(trial.config["trial"])
+        self.take()
+        ending = self.endings.get(name, {"kind": "failed", "text": "ended without a result"})
+        if name in self.book.halted:
+            reason = f"by ASHA after epoch {self.book.halted[name]}"
+            self.tell(self.book.end(name, "stopped", reason))
+        elif ending["kind"] == "finished":
+            self.tell(self.book.end(name, "finished"))
+        else:
+            self.tell(self.book.end(name, "failed", str(ending["text"])))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note why a trial failed."""
+        name = str(trial.config["trial"])
+        self.take()
+        error = trial.get_error()
+        self.tell(self.book.end(name, "failed", cause(error) if error else "unknown"))
+
+    def tell(self, entry: Entry) -> None:
+        """Say how a trial ended."""
+        told = entry.reason or reached(entry.metrics)
+        self.say(f"[{entry.trial}] {entry.status} after {span(entry.seconds)}: {told}")
+
+
+def drive(book: Book, slots: int, *, gpus: bool, say: Say) -> None:
+    """Run the trials that are left, at most so many at a time, in the Ray that is joined."""
+    from pipeline.distributed.events import open_mailbox
+
+    scheduler: Any = FIFOScheduler()
+    if book.request.scheduler == "asha":
+        scheduler = Halving(book.request, list(book.reports), book.note, book.halt)
+    mailbox = open_mailbox()
+    told = tune.with_parameters(attempt, mailbox=mailbox, gpus=gpus)
+    tune.Tuner(
+        tune.with_resources(told, HEAD),
+        tune_config=tune.TuneConfig(
+            num_samples=max(1, book.left),
+            max_concurrent_trials=slots,
+            search_alg=Chooser(book, say),
+            scheduler=scheduler,
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{int(time.time())}",
+            storage_path=str(book.folder / "ray"),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[Course(book, mailbox, say)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def line(event: Mapping[str, Any]) -> str:
+    """Say an event in a line."""
+    if event["kind"] == "epoch":
+        v = event["values"]
+        return (
+            f"epoch {event['epoch']}/{event['epochs']}  val SA {v['val/sa']:.1%} "
+            f"RA {v['val/ra']:.1%}  {v['train/images_per_second']:.0f} images/s"
+        )
+    if event["kind"] == "resumed":
+        return f"continues after epoch {event['epoch']} from {event['checkpoint']}"
+    return f"warning: {event['text']}"
+
+
+def reached(metrics: Mapping[str, float]) -> str:
+    """Show what a trial reached on validation images."""
+    names = {"val/sa": "SA", "val/ra": "RA", "val/ra_forced": "forced", "val/ra_worst": "worst"}
+    shares = [f"{short} {metrics[n]:.1%}" for n, short in names.items() if n in metrics]
+    return ", ".join([*shares, f"{metrics['cost/gmac']:.4g} GMAC"])
+
+
+def words(point: Mapping[str, Any]) -> str:
+    """Show a point, with no more digits than tell it from another."""
+    short = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in point.items()}
+    return " ".join(f"{key}={value}" for key, value in short.items())
