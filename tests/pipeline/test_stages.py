@@ -26,7 +26,7 @@ from pipeline.loop import fit
 from pipeline.optim import advance, build_optimizers, moment, starts
 from pipeline.optimization.state import TrainState
 from pipeline.seeding import Noise, generator_at
-from tests.pair import run_pair
+from tests.helpers.pair import run_pair
 from tests.pipeline.test_loop import (
     TINY,
     Events,

@@ -239,8 +239,8 @@ REAL = os.environ.get("ROBUST_MOE_DATA") or str(Path(__file__).parents[3] / "dat
 @pytest.mark.skipif(not Path(REAL, "imagenette").is_dir(), reason="no real imagenette at hand")
 def test_two_ray_workers_stream_imagenette_and_train_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image once in both epochs, on real photographs; memory does not grow."""
-    from tests.stream_speed import SETTINGS
-    from tests.stream_speed import run as measure
+    from tests.helpers.stream_speed import SETTINGS
+    from tests.helpers.stream_speed import run as measure
 
     monkeypatch.setenv("ROBUST_MOE_DATA", REAL)
     out = measure(override(Config(), SETTINGS))  # checks that every image came once

@@ -20,8 +20,8 @@ from pipeline.measures import auto_attack as adapter
 from pipeline.measures.auto_attack import STANDARD, AutoAttack, AutoAttackSurrogate, Square
 from pipeline.measures.base import is_correct, untouched
 from pipeline.seeding import ImageNoise
-from tests.analytic import EPS as FLIP
-from tests.analytic import route_flip, route_flip_images
+from tests.helpers.analytic import EPS as FLIP
+from tests.helpers.analytic import route_flip, route_flip_images
 
 Build = Callable[..., Network]
 EPS = {"linf": 0.007, "l2": 0.12}

@@ -20,7 +20,7 @@ from pipeline.measures.fixed_route import OneExpert, per_expert
 from pipeline.measures.forced_route import ForcedRoute, ForcedRouteAPGD
 from pipeline.optimization.losses import margin_per_image
 from pipeline.seeding import ImageNoise
-from tests.analytic import EPS, route_flip, route_flip_images
+from tests.helpers.analytic import EPS, route_flip, route_flip_images
 
 NO_ATTACK = ("sa", "ra_noise", "ra_router")  # on the classifier
 CLASSIFIER = [n for n in MEASURES if n not in (*NO_ATTACK, *PACKAGED)]

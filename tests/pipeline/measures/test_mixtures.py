@@ -17,7 +17,7 @@ from pipeline.attacks.pgd import PGD
 from pipeline.data.augmentation import to_float
 from pipeline.measures import MEASURES
 from pipeline.seeding import ImageNoise
-from tests.analytic import EPS, QuadrantExperts, SignRouter, route_flip, route_flip_images
+from tests.helpers.analytic import EPS, QuadrantExperts, SignRouter, route_flip, route_flip_images
 
 TRUE_GRADIENT = ("ra_pgd", "ra_pgd_margin", "ra_apgd", "ra_apgd_dlr", "ra_apgd_t")
 

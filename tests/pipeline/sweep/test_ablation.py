@@ -12,7 +12,7 @@ from pipeline.report.statistics import t975
 from pipeline.sweep import write_answer
 from pipeline.sweep.ablation import ablation_of, ablation_table
 from pipeline.sweep.trials import competing, read_sweep
-from tests.sweeps import IMAGES, Store, shares
+from tests.helpers.sweeps import IMAGES, Store, shares
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.measures.confidence import wilson
 from pipeline.sweep import write_answer
-from tests.sweeps import IMAGES, Store, shares
+from tests.helpers.sweeps import IMAGES, Store, shares
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import pytest
 
 from pipeline.sweep import write_answer
-from tests.servers import Mlflow
-from tests.sweeps import Store, shares
+from tests.helpers.servers import Mlflow
+from tests.helpers.sweeps import Store, shares
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no package playwright")
 

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.sweep.promote import main
 from pipeline.tracking import log_torch_model
-from tests.sweeps import Store, shares
+from tests.helpers.sweeps import Store, shares
 
 
 class Logits(torch.nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.context import Session
-from tests.pair import run_pair
+from tests.helpers.pair import run_pair
 
 
 def items(count: int, damaged: int = -1) -> Iterator[int]:

@@ -17,10 +17,10 @@ import torch
 
 from pipeline.tracking import Tracker, download, resolve_uri, send_rest, without_password
 from pipeline.tracking.outbox import Journal
-from tests.servers import closed_port, wait_until
+from tests.helpers.servers import closed_port, wait_until
 
 EXPERIMENT = "tracking-test"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from pipeline import train
 from pipeline.grid import __main__ as grid
 from pipeline.tracking import OutageError, Tracker, download, send_rest, strictly
-from tests.servers import Mlflow, Postgres, Proxy, closed_port, points, wait_until
+from tests.helpers.servers import Mlflow, Postgres, Proxy, closed_port, points, wait_until
 
 EXPERIMENT = "outages"
 KEYS = ("val/ra", "val/sa")

@@ -28,7 +28,7 @@ from pipeline.presets.paper_grid import RADII, ROWS, cell, cells, costs, held, o
 from pipeline.storage.run_folder import check_lasting, owned
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = (
     "backbone=small backbone.ratio=0.125 dataset.size=8 dataset.train_images=256 "
     "dataset.test_images=32 batch_size=32 evaluation.steps=2 evaluation.validation_steps=1 "

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pipeline import checkpoint
-from tests.servers import Mlflow, Postgres, points, wait_until
+from tests.helpers.servers import Mlflow, Postgres, points, wait_until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = (
     "dataset=synthetic dataset.size=8 dataset.train_images=256 dataset.test_images=32 "
     "backbone.ratio=0.125 batch_size=32 evaluation.steps=2 evaluation.validation_steps=1 workers=1"

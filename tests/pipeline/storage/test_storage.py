@@ -32,9 +32,9 @@ from pipeline.storage.lease import leased
 from pipeline.storage.object_store import Bucket, StoreError
 from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside
 from pipeline.storage.sync import Part, for_worker, home_of, listed, restore
-from tests.servers import ObjectStore, wait_until
+from tests.helpers.servers import ObjectStore, wait_until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

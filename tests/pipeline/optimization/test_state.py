@@ -24,7 +24,7 @@ from pipeline.optimization.ema import WeightAverage
 from pipeline.optimization.losses import cross_entropy_per_image
 from pipeline.optimization.state import GROUPS, NonFiniteError, TrainState
 from pipeline.seeding import Noise, generator_at
-from tests.pair import run_pair
+from tests.helpers.pair import run_pair
 
 
 def state_of(model: Network, **settings: Any) -> TrainState:

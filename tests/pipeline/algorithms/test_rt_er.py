@@ -26,7 +26,7 @@ from pipeline.loop import RouterError, check_gate
 from pipeline.optimization.state import COMPONENTS, HALVES, Partition, TrainState
 from pipeline.seeding import Noise, generator_at
 from tests.conftest import settled
-from tests.pair import run_pair
+from tests.helpers.pair import run_pair
 
 EPS, STEP, RATE, BETA = 0.05, 0.02, 0.05, 2.0
 ATTACK = PGD(eps=EPS, step_size=STEP, steps=2, start="clean")

@@ -42,7 +42,7 @@ from pipeline.measures.sanity.verdict import CHECKS, Verdict, decide
 from pipeline.measures.tiers import TIERS, measures_of
 from pipeline.optimization.losses import cross_entropy_per_image, margin_per_image
 from pipeline.seeding import ImageNoise
-from tests import analytic
+from tests.helpers import analytic
 
 CPU, SIZE, CLASSES, COUNT = torch.device("cpu"), 4, 4, 128
 PIXELS = 3 * SIZE * SIZE

@@ -16,7 +16,7 @@ from pipeline.context import Session, Wish
 from pipeline.data.splits import Images, Share
 from pipeline.distributed.preflight import shortage
 from pipeline.loop import Stopped, fit
-from tests.pair import run_pair
+from tests.helpers.pair import run_pair
 
 SMALL = {
     "dataset": "synthetic",

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.network import Network
 from pipeline.algorithms.gaussian import Gaussian
 from pipeline.algorithms.standard import Standard
-from tests.pipeline.test_algorithms import batch, training
+from tests.pipeline.algorithms.test_algorithms import batch, training
 
 Build = Callable[..., Network]
 

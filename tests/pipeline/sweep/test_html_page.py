@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.sweep import write_answer
 from pipeline.sweep.__main__ import run
-from tests.sweeps import Store, shares
+from tests.helpers.sweeps import Store, shares
 
 EVIL = "<script>alert('$x$')</script>|`[a](b)"
 
