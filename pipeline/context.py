@@ -15,7 +15,7 @@ Event = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Wish(IntEnum):
+class Signal(IntEnum):
     """What the first worker was asked for since the last update."""
 
     NONE = 0
@@ -37,9 +37,9 @@ def nothing() -> None:
     """Do nothing."""
 
 
-def undisturbed() -> Wish:
+def undisturbed() -> Signal:
     """Be asked for nothing."""
-    return Wish.NONE
+    return Signal.NONE
 
 
 def unnoticed() -> bool:
@@ -57,7 +57,7 @@ class Session:
         emit: Takes events of rank 0 (metrics, progress, warnings) to whoever follows the run.
         report: Called by every worker after each epoch with the same metrics.
         kept: Called by rank 0 after each checkpoint, and when the last files are written.
-        wish: What was asked of this worker; that of rank 0 counts.
+        signal: What was asked of this worker; that of rank 0 counts.
         notice: Whether a node is about to be taken away; all workers ask at once.
     """
 
@@ -67,7 +67,7 @@ class Session:
     emit: Callable[[Event], None] = ignore
     report: Callable[[Mapping[str, float]], None] = ignore
     kept: Callable[[], None] = nothing
-    wish: Callable[[], Wish] = undisturbed
+    signal: Callable[[], Signal] = undisturbed
     notice: Callable[[], bool] = unnoticed
 
     @property
@@ -136,14 +136,14 @@ class Session:
         same, reason = next(filter(None, told), (True, default))
         raise error or (ValueError if same else RuntimeError)(reason)
 
-    def asked(self) -> Wish:
+    def asked(self) -> Signal:
         """Hear what rank 0 was asked for; the same on every worker."""
-        wish = self.wish() if self.rank == 0 else Wish.NONE
+        signal = self.signal() if self.rank == 0 else Signal.NONE
         if self.world == 1:
-            return wish
-        heard = torch.tensor(int(wish), device=self.device)
+            return signal
+        heard = torch.tensor(int(signal), device=self.device)
         dist.broadcast(heard, 0)
-        return Wish(int(heard))
+        return Signal(int(heard))
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Emit an event, on rank 0."""

@@ -27,7 +27,7 @@ usage: python -m pipeline.doctor [PRESET] [key=value ...]
 
 Check what a run of these settings needs: versions, authentication, dashboard, MLflow, and, where
 Ray can be joined, resources, interpreter, storage and disk of every node. One line each, with the
-mend; exit code 1 if one fails. From a machine outside the cluster (RAY_ADDRESS=http://...) the
+fix; exit code 1 if one fails. From a machine outside the cluster (RAY_ADDRESS=http://...) the
 nodes cannot be asked; send it there: cluster/submit.sh python -m pipeline.doctor
 """
 LEAST = {"ray": (2, 60), "torch": (2, 11), "mlflow": (3, 17), "pyarrow": (1,), "safetensors": (0,)}
@@ -35,15 +35,15 @@ LEAST = {"ray": (2, 60), "torch": (2, 11), "mlflow": (3, 17), "pyarrow": (1,), "
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was looked at, what was found, and the mend if it is bad."""
+    """One line of the doctor's: what was looked at, what was found, and the fix if it is bad."""
 
     name: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        mend = f"; mend: {self.mend}" if self.mend else ""
-        return f"{'FAIL' if self.mend else 'ok':<5} {self.name:<15} {self.text}{mend}"
+        fix = f"; fix: {self.fix}" if self.fix else ""
+        return f"{'FAIL' if self.fix else 'ok':<5} {self.name:<15} {self.text}{fix}"
 
 
 def run(argv: list[str]) -> int:
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     failed = 0
     for finding in findings(config):
         print(" ".join(str(finding).split("\n")), flush=True)
-        failed += bool(finding.mend)
+        failed += bool(finding.fix)
     return 1 if failed else 0
 
 
@@ -76,8 +76,8 @@ def findings(config: Config) -> Iterator[Finding]:
             yield from inside(config)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        mend = "compare RAY_ADDRESS, RAY_AUTH_MODE and the token with the head's"
-        yield Finding("ray", f"cannot be joined: {type(error).__name__}: {lines[0][:300]}", mend)
+        fix = "compare RAY_ADDRESS, RAY_AUTH_MODE and the token with the head's"
+        yield Finding("ray", f"cannot be joined: {type(error).__name__}: {lines[0][:300]}", fix)
 
 
 def inside(config: Config) -> Iterator[Finding]:
@@ -86,14 +86,14 @@ def inside(config: Config) -> Iterator[Finding]:
         yield dashboard(url, look_at_dashboard(url))
     has = capacity()
     lack = shortage(config.workers, has)
-    mend = f"workers={int(has.get('CPU', 0))}, or more nodes" if lack else ""
+    fix = f"workers={int(has.get('CPU', 0))}, or more nodes" if lack else ""
     gpus = f"{has.get('GPU', 0):.0f} GPU(s)"
     found = f"{has.get('CPU', 0):.0f} CPU(s), {gpus} for workers={config.workers}"
-    yield Finding("resources", lack or found, mend)
+    yield Finding("resources", lack or found, fix)
     nodes = survey(config.storage, versions=True)
     silent = [f"{node.host}: {node.silent}" for node in nodes if node.silent]
-    mend = "look at its raylet.log, and whether it is overloaded" if silent else ""
-    yield Finding("nodes", "; ".join(silent) or f"{len(nodes)} of {len(nodes)} answer", mend)
+    fix = "look at its raylet.log, and whether it is overloaded" if silent else ""
+    yield Finding("nodes", "; ".join(silent) or f"{len(nodes)} of {len(nodes)} answer", fix)
     nodes = [node for node in nodes if not node.silent]
     yield from storage(config, nodes)
     yield interpreters(nodes)
@@ -119,44 +119,44 @@ def versions() -> Finding:
             < least
         ):
             low.append(name)
-    mend = f"{', '.join(low)}: pip install -c constraints.txt -e ." if low else ""
+    fix = f"{', '.join(low)}: pip install -c constraints.txt -e ." if low else ""
     if os.environ.get("RAY_TRAIN_V2_ENABLED", "1").lower() in ("0", "false"):
-        mend = "unset RAY_TRAIN_V2_ENABLED: training needs Ray Train V2"
-    return Finding("versions", ", ".join(said), mend)
+        fix = "unset RAY_TRAIN_V2_ENABLED: training needs Ray Train V2"
+    return Finding("versions", ", ".join(said), fix)
 
 
 def authentication(address: str) -> Finding:
     """Look at whether Ray's token will be sent, and which."""
     mode, token = os.environ.get("RAY_AUTH_MODE", ""), ray_token()
     told = f"RAY_AUTH_MODE={mode or '(unset)'}, {'a' if token else 'no'} token"
-    mend = ""
+    fix = ""
     if mode not in ("", "token", "disabled", "k8s"):
-        mend = "RAY_AUTH_MODE is token or disabled"
+        fix = "RAY_AUTH_MODE is token or disabled"
     elif mode == "token" and not token:
-        mend = "RAY_AUTH_TOKEN_PATH=FILE, or ray get-auth-token --generate where the head starts"
+        fix = "RAY_AUTH_TOKEN_PATH=FILE, or ray get-auth-token --generate where the head starts"
     elif address and not mode:
-        mend = "say RAY_AUTH_MODE=token, on the head and here: unset, Ray may send no token"
+        fix = "say RAY_AUTH_MODE=token, on the head and here: unset, Ray may send no token"
     elif (
         address
         and mode == "disabled"
         and not is_loopback(address if "//" in address else f"//{address}")
     ):
-        mend = "RAY_AUTH_MODE=token: whoever reaches the head can run code there"
-    return Finding("authentication", told, mend)
+        fix = "RAY_AUTH_MODE=token: whoever reaches the head can run code there"
+    return Finding("authentication", told, fix)
 
 
 def dashboard(url: str, found: Dashboard) -> Finding:
     """Say what a dashboard lets in."""
     closed = os.environ.get("RAY_AUTH_MODE") == "token"
-    mend = {
+    fix = {
         "ready": "",
         "open": "start the head with RAY_AUTH_MODE=token" if closed or not is_loopback(url) else "",
         "no token": "set RAY_AUTH_TOKEN_PATH to a file with the head's token (ray get-auth-token)",
-        "wrong token": "copy the head's token anew (there: ray get-auth-token)",
+        "wrong token": "copy the head's token again (there: ray get-auth-token)",
         "away": "is the head running with ray[default], and the SSH tunnel open?",
         "other": "RAY_ADDRESS must be Ray's dashboard, port 8265",
     }[found.state]
-    return Finding("dashboard", f"{url}: {found.state}, {found.detail}", mend)
+    return Finding("dashboard", f"{url}: {found.state}, {found.detail}", fix)
 
 
 def tracking(config: Config) -> Finding:
@@ -179,28 +179,28 @@ def tracking(config: Config) -> Finding:
     path = f"{shown}/api/2.0/mlflow/experiments/search"
     answer = ask(path, headers=headers, body=json.dumps({"max_results": 1}).encode(), wait=10)
     host = parts.hostname or ""
-    mend = "is the server running, and its port reachable from here?"
+    fix = "is the server running, and its port reachable from here?"
     if answer.status == 200:
-        mend = "" if answer.text.lstrip().startswith("{") else "this is not MLflow's API"
+        fix = "" if answer.text.lstrip().startswith("{") else "this is not MLflow's API"
     elif answer.status == 403 and "host" in answer.text.lower():
-        mend = f'start it with --allowed-hosts "{host}:*,localhost:*,127.0.0.1:*"'
+        fix = f'start it with --allowed-hosts "{host}:*,localhost:*,127.0.0.1:*"'
     elif answer.status in (401, 403):
-        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     said = f"status {answer.status}" if answer.status else "no answer"
     detail = "" if answer.status == 200 else f" ({answer.text.strip()[:80]})"
-    return Finding("mlflow", f"{shown}: {said}{detail}", mend)
+    return Finding("mlflow", f"{shown}: {said}{detail}", fix)
 
 
 def storage(config: Config, nodes: list[Node]) -> Iterator[Finding]:
     """Say which nodes cannot use the run folders' folder, and whose disks are nearly full."""
     bad = [f"{node.host}: {node.storage}" for node in nodes if node.storage]
-    mend = "storage= a folder that all nodes share, writable by their user" if bad else ""
+    fix = "storage= a folder that all nodes share, writable by their user" if bad else ""
     there = config.storage if "://" in config.storage else storage_root(config.storage)
     seen = f"{there} from {len(nodes)} node(s)"
-    yield Finding("storage", "; ".join([seen, *bad]), mend)
+    yield Finding("storage", "; ".join([seen, *bad]), fix)
     low = [f"{node.host}: {node.disk}" for node in nodes if node.disk]
-    mend = "delete old run folders and Ray sessions (in /tmp/ray, or --temp-dir)" if low else ""
-    yield Finding("disk", "; ".join(low) or "room on every node", mend)
+    fix = "delete old run folders and Ray sessions (in /tmp/ray, or --temp-dir)" if low else ""
+    yield Finding("disk", "; ".join(low) or "room on every node", fix)
 
 
 def interpreters(nodes: list[Node]) -> Finding:
@@ -208,8 +208,8 @@ def interpreters(nodes: list[Node]) -> Finding:
     want = [platform.python_version(), f"ray {importlib.metadata.version('ray')}"]
     said = sorted({node.python for node in nodes if node.python})
     bad = [text for text in said if not all(word in text for word in want)]
-    mend = f"activate the environment ({', '.join(want)}) before ray start" if bad else ""
-    return Finding("interpreter", "; ".join(said) or "no node told", mend)
+    fix = f"activate the environment ({', '.join(want)}) before ray start" if bad else ""
+    return Finding("interpreter", "; ".join(said) or "no node told", fix)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pipeline.evaluation.plan import (
     PREFIXES,
     WHERE,
     Plan,
-    open_ledger,
+    open_outcome_cache,
     plan_jobs,
     read_plan,
 )
@@ -36,7 +36,7 @@ from pipeline.measures import MEASURES
 from pipeline.measures.corruptions import corrupted
 from pipeline.seeding import seed_of
 from pipeline.storage.sync import storage_root
-from pipeline.tracking.runs import open_run
+from pipeline.tracking.open_run import open_run
 
 USAGE = f"""
 usage: python -m pipeline.evaluate RUN [key=value ...] [--help]
@@ -55,7 +55,7 @@ killed, is not attacked again.
   transfer=RUN               attack with images made on another run's model too, such as the dense
                              twin's: ra_transfer, which counts into ra_worst
   cascade=true               attack only what stands against the attacks before: ra_worst alone
-  reuse=false                attack everything anew
+  reuse=false                attack everything again
   batch=N                    images attacked at a time, and at most lost to a kill (default: 256)
   workers=N                  shards on Ray; the numbers are those of one worker
   evaluation.eps=4/255 evaluation.steps=100 evaluation.restarts=2 ...
@@ -106,7 +106,7 @@ def evaluate(
         return fail(str(error), 1)
     weights = checkpoint.sha256(folder / "model.safetensors")
     jobs = plan_jobs(config, splits.test, plan)
-    store = open_ledger(config, origin(config, folder), splits.test) if plan.reuse else None
+    store = open_outcome_cache(config, origin(config, folder), splits.test) if plan.reuse else None
     follower, began = Follower(), time.monotonic()
     results = shards(config, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}

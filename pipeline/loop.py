@@ -17,7 +17,7 @@ from pipeline import checkpoint
 from pipeline.algorithms import selects
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
-from pipeline.context import Session, Wish
+from pipeline.context import Session, Signal
 from pipeline.data.augmentation import Augmentation, augment, to_float
 from pipeline.data.splits import Share, Splits
 from pipeline.end_of_run import finish
@@ -161,7 +161,7 @@ def train_epoch(
     }
     for step, x_BCHW, y_B in batches(config, session, splits, progress.epoch, first, state):
         now = moment(config, progress.epoch, step, steps)
-        if now.stage != progress.stage:  # selection begins anew with the new network
+        if now.stage != progress.stage:  # selection begins again with the new network
             advance(config, state, now.stage)
             progress.stage, progress.best = now.stage, -1.0
         set_rates(config, state, now.epoch, now.rate)
@@ -191,11 +191,11 @@ def train_epoch(
         )
         progress.step = step + 1
         due = config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps
-        wish = heed(session)
-        if due or wish >= Wish.SAVE:
+        signal = follow(session)
+        if due or signal >= Signal.SAVE:
             progress.sums = averaged(session, sums)
             save(config, folder, session, state, progress, update)
-        if wish is Wish.STOP:
+        if signal is Signal.STOP:
             raise Stopped(f"stopped after epoch {progress.epoch}, update {progress.step}")
     values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
     values["train/images_per_second"] = seen / (time.monotonic() - began)
@@ -242,10 +242,10 @@ def roomy(update: int, images: int) -> Iterator[None]:
         ) from error
 
 
-def heed(session: Session) -> Wish:
+def follow(session: Session) -> Signal:
     """Hear what the run was asked for; a node that is about to go asks for a checkpoint."""
-    wish = session.asked()
-    return Wish.SAVE if wish is Wish.LOOK and session.notice() else wish
+    signal = session.asked()
+    return Signal.SAVE if signal is Signal.LOOK and session.notice() else signal
 
 
 def averaged(session: Session, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -85,7 +85,7 @@ def obstacle(address: str, *, insecure: bool) -> str:
         "no token": f"the dashboard at {address} wants a token and there is none here; set "
         "RAY_AUTH_TOKEN_PATH to a file with the head's token (there: ray get-auth-token)",
         "wrong token": f"the dashboard at {address} refused the token ({found.detail}); copy the "
-        "head's anew (there: ray get-auth-token)",
+        "head's again (there: ray get-auth-token)",
         "other": f"what answers at {address} is not Ray's dashboard ({found.detail})",
     }[found.state]
 
@@ -112,7 +112,7 @@ def runtime_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def commit() -> str:
     """Name the commit that is sent."""
-    from pipeline.tracking.runs import commit
+    from pipeline.tracking.open_run import commit
 
     return commit()
 

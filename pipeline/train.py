@@ -17,7 +17,7 @@ Train, select and judge one model on Ray Train, and track it in MLflow. Without 
 quickstart. The same command continues a run that did not finish.
 
   key=value  a dotted setting: epochs=3 algorithm.beta=3 algorithm.attack.eps=4/255
-  --fresh    begin anew; what an earlier run of these settings left is kept under another name
+  --fresh    start over; what an earlier run of these settings left is kept under another name
   --list     the presets
   --strict-tracking  end with an error when MLflow is away for longer than ROBUST_MOE_TRACKING_WAIT
              seconds (default 20); without it training goes on, and MLflow gets everything later

@@ -27,7 +27,7 @@ FLOORS = (
 COMMANDS = ("train", "evaluate", "data_tool", "doctor", "submit")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, COMMANDS)) for room in rooms}
 ONLY = {
-    "ray": {"distributed", "tune", "grid", "data.streaming", "doctor"},
+    "ray": {"distributed", "tune", "grid", "data.streaming"},
     "mlflow": {"tracking", "report", "sweep"},
 }
 SAME_NAME = {"__init__", "__main__", "base"}

@@ -19,6 +19,7 @@ from pipeline.config.overrides import override
 from pipeline.data.decode import open_picture
 from pipeline.data.files import DamagedDataError
 from pipeline.data.parquet import Layout, load_parquet
+from pipeline.distributed.cluster import ray_cluster
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "moe").rglob("*.py")), *sorted((ROOT / "pipeline").rglob("*.py"))]
@@ -143,14 +144,14 @@ def test_workers_get_no_secret_of_the_driver(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@mlflow:5000")
     monkeypatch.setattr(ray, "init", lambda **words: seen.update(words))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with train.ray_cluster(Config(), check=lambda _: None):
+    with ray_cluster(Config(), check=lambda _: None):
         pass
     assert seen["runtime_env"]["env_vars"]["ROBUST_MOE_DATA"]
     assert "hunter2" not in str(seen)
 
 
 def test_every_test_that_the_threat_model_names_exists() -> None:
-    text = (ROOT / "SECURITY.md").read_text()
+    text = (ROOT / "docs" / "SECURITY.md").read_text()
     file, found = None, 0
     for path, name in re.findall(r"`(tests/[\w/.]+\.py)?(?:::(\w+))?`", text):
         if path:

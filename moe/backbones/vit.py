@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return y_BTD
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and a two-layer perceptron, each behind a LayerNorm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int):
@@ -80,7 +80,7 @@ class TransformerBody(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.token_11D = nn.Parameter(torch.empty(1, 1, width))
         self.position_1TD = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
-        self.blocks = nn.ModuleList(Block(width, form.heads) for _ in range(form.depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, form.heads) for _ in range(form.depth))
         self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, num_classes)
         for parameter in (self.token_11D, self.position_1TD):
             nn.init.trunc_normal_(parameter, std=0.02)

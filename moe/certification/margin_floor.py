@@ -10,12 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from moe.certification.radii import Constants, Seen, margins, softmax_pairs
+from moe.certification.radii import Constants, MixtureOutputs, margins, softmax_pairs
 
 BISECTIONS = 40  # of [0, 1]: to 1e-12
 
 
-def floor_radius(seen: Seen, proven: Constants, y_B: Tensor, *, need: float = 0.0) -> Tensor:
+def floor_radius(
+    seen: MixtureOutputs, proven: Constants, y_B: Tensor, *, need: float = 0.0
+) -> Tensor:
     """Largest radius at which ``margin_floor`` stays above ``need``, (B,), at most 1 (ours).
 
     Raises:
@@ -39,7 +41,12 @@ def floor_radius(seen: Seen, proven: Constants, y_B: Tensor, *, need: float = 0.
 
 
 def margin_floor(
-    seen: Seen, proven: Constants, y_B: Tensor, eps_B: Tensor, *, probabilities: bool = False
+    seen: MixtureOutputs,
+    proven: Constants,
+    y_B: Tensor,
+    eps_B: Tensor,
+    *,
+    probabilities: bool = False,
 ) -> Tensor:
     """Bound the margin ``min_k F^y - F^k`` of all images within eps from below, (B,).
 
@@ -67,7 +74,7 @@ def margin_floor(
     return worst_BK.scatter(1, y_B[:, None], math.inf).amin(1)
 
 
-def _gate_interval(seen: Seen, proven: Constants, eps_B: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_interval(seen: MixtureOutputs, proven: Constants, eps_B: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest gate that each expert can get, (B, E): ``1 / sum_j exp(s_j - s_i)``."""
     gap_BEE = seen.scores_BE[:, None, :] - seen.scores_BE[:, :, None]  # [i, j] = s_j - s_i
     room_BEE = eps_B[:, None, None] * proven.scores_EE
@@ -80,7 +87,7 @@ def _gate_interval(seen: Seen, proven: Constants, eps_B: Tensor) -> tuple[Tensor
 
 
 def _differences(
-    seen: Seen, proven: Constants, y_B: Tensor, eps_B: Tensor, probabilities: bool
+    seen: MixtureOutputs, proven: Constants, y_B: Tensor, eps_B: Tensor, probabilities: bool
 ) -> Tensor:
     """Lowest ``f_i^y - f_i^k`` within eps, (B, E, K)."""
     eps_B11 = eps_B[:, None, None]

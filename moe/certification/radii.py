@@ -56,7 +56,7 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Seen:
+class MixtureOutputs:
     """What a mixture does at some images.
 
     Attributes:
@@ -113,7 +113,7 @@ def constants(model: Network, image_1CHW: Tensor) -> Constants:
 
 
 @torch.no_grad()
-def look(model: Network, x_BCHW: Tensor, top_k: int) -> Seen:
+def look(model: Network, x_BCHW: Tensor, top_k: int) -> MixtureOutputs:
     """Run every expert and the router on some images."""
     every = range(model.num_experts)
     routes = [torch.full((len(x_BCHW),), expert, device=x_BCHW.device) for expert in every]
@@ -121,7 +121,7 @@ def look(model: Network, x_BCHW: Tensor, top_k: int) -> Seen:
     scores_BE = model.router_scores(x_BCHW)
     order_BE = scores_BE.argsort(dim=1, descending=True, stable=True)
     kept_BE = torch.zeros_like(scores_BE, dtype=torch.bool)
-    return Seen(logits_BEK, scores_BE, kept_BE.scatter(1, order_BE[:, :top_k], True))
+    return MixtureOutputs(logits_BEK, scores_BE, kept_BE.scatter(1, order_BE[:, :top_k], True))
 
 
 def margins(outputs_BEK: Tensor, y_B: Tensor) -> Tensor:
@@ -153,7 +153,9 @@ def _reached(scores_EE: Tensor, kept_BE: Tensor) -> Tensor:
     return scores_EE * (kept_BE[:, :, None] & kept_BE[:, None, :])
 
 
-def theorem_radius(seen: Seen, proven: Constants, y_B: Tensor, *, need: float = 0.0) -> Tensor:
+def theorem_radius(
+    seen: MixtureOutputs, proven: Constants, y_B: Tensor, *, need: float = 0.0
+) -> Tensor:
     """Theorem 5.4's radius with constants of differences, (B,); of mixed probabilities only.
 
     ``eps* = min_k [F^y - F^k - need] / sum_i (r_i M_i + a_i(x) L_i)`` (arXiv:2502.06832, theorem
@@ -176,7 +178,7 @@ def theorem_radius(seen: Seen, proven: Constants, y_B: Tensor, *, need: float = 
     return _least((gates_BE1 * margin_BEK).sum(1) - need, slope_BK, y_B)
 
 
-def theorem_radius_per_class(seen: Seen, proven: Constants, y_B: Tensor) -> Tensor:
+def theorem_radius_per_class(seen: MixtureOutputs, proven: Constants, y_B: Tensor) -> Tensor:
     """The same with constants of the classes: two may move towards each other, so half of it.
 
     ``min_k [F^y - F^k] / (2 sum_i (r_i M_i + a_i(x) max_c L_i^c))``; never above

@@ -10,10 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from moe.certification.radii import Constants, Seen
+from moe.certification.radii import Constants, MixtureOutputs
 
 
-def route_radius(seen: Seen, proven: Constants, x_BCHW: Tensor, *, box: bool = True) -> Tensor:
+def route_radius(
+    seen: MixtureOutputs, proven: Constants, x_BCHW: Tensor, *, box: bool = True
+) -> Tensor:
     """Distance within which the same experts take part, (B,); infinite where all of them do.
 
     Exact for an affine router, see ``exact_route_radius``; otherwise the gap of the scores over the

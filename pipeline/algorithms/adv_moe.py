@@ -24,7 +24,7 @@ class AdvMoE:
 
     ``min_psi l(psi, phi*(psi))``, ``phi*(psi) = argmin_phi l(psi, phi)``, with router psi, experts
     phi and ``l = CE(f(x), y) + beta KL(f(x) || f(x'))``, by one SGD step on each in turn. Before
-    each step x' is found anew, raising ``KL(f) + KL(r)``; for pseudo labels, a loss of the router
+    each step x' is found again, raising ``KL(f) + KL(r)``; for pseudo labels, a loss of the router
     alone, ``KL(r)`` (the released code: both, always). The half that rests does not change by one
     bit, its BatchNorm statistics included (the released code moves them).
 

@@ -34,7 +34,7 @@ class Sparse:
         pretrain, score: Shares of the updates for (1) and (2); the rest is (3). HYDRA takes 100,
             20 and 100 epochs.
         score_rate, tune_rate: Peak rates of (2) and (3) over ``lr``; HYDRA's are 1 and 0.1. Whole
-            channels leave more to mend than single weights: on digits (450 images, ``ratio=0.25``,
+            channels leave more to fix than single weights: on digits (450 images, ``ratio=0.25``,
             8 epochs, eps 0.1, seed 0) 31% of 300 test images stand with 0.1, 69% with 1.
         aim: What x' raises: ``kl`` or ``ce``, as in ``Trades``.
         attack: How x' is found.

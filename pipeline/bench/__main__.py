@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.bench import BENCHMARKS, LONG
-from pipeline.bench.race import Benchmark, Outcome, race
+from pipeline.bench.race import Benchmark, RaceResult, race
 from pipeline.bench.settings import Settings, read_settings
 from pipeline.cli.arguments import main, read_arguments
-from pipeline.tracking.runs import commit
+from pipeline.tracking.open_run import commit
 
 USAGE = """
 usage: python -m pipeline.bench [NAME] [key=value ...] [--list] [--help]
@@ -108,7 +108,7 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def table(benchmark: Benchmark, outcome: Outcome) -> Table:
+def table(benchmark: Benchmark, outcome: RaceResult) -> Table:
     """Show seconds and multiply-accumulates of one call, each beside those of the first variant."""
     ours = next(iter(benchmark.variants))
     counted = bool(outcome.gmac[ours])  # those of other processes are not

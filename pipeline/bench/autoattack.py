@@ -15,7 +15,7 @@ from pipeline.bench.inference import MASKED as SLOW
 from pipeline.bench.inference import OURS as FAST
 from pipeline.bench.inference import channels_last, inference, relaid
 from pipeline.bench.masked import masked
-from pipeline.bench.race import Benchmark, Outcome, Variant, race
+from pipeline.bench.race import Benchmark, RaceResult, Variant, race
 from pipeline.bench.settings import Settings, settle
 from pipeline.measures import AutoAttack
 from pipeline.measures.auto_attack import QUERIES, STEPS
@@ -73,7 +73,7 @@ def autoattack(settings: Settings) -> Benchmark:
 
         return Variant(work, trial=trial)
 
-    def compare(outcome: Outcome) -> list[str]:
+    def compare(outcome: RaceResult) -> list[str]:
         plain = inference(settings)
         pair = {name: plain.variants[name] for name in (FAST, SLOW)}
         calm = race(replace(plain, variants=pair), settings.rounds, lambda _: None)

@@ -45,11 +45,11 @@ class Benchmark:
     variants: Mapping[str, Variant]
     notes: Callable[[], list[str]]
     turns: int = 1
-    compare: Callable[[Outcome], list[str]] = lambda _: []
+    compare: Callable[[RaceResult], list[str]] = lambda _: []
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RaceResult:
     """What a race found, by variant.
 
     Attributes:
@@ -70,12 +70,12 @@ class Outcome:
         return median(slow / fast for slow, fast in pairs)
 
 
-def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> Outcome:
+def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> RaceResult:
     """Run all variants in turn, round by round; ``tell`` hears which round is on.
 
     A first round warms up and counts multiply-accumulates, and is not timed.
     """
-    outcome = Outcome(seconds={name: [] for name in benchmark.variants})
+    outcome = RaceResult(seconds={name: [] for name in benchmark.variants})
     tell("warming up")
     for name, variant in benchmark.variants.items():
         variant.before()

@@ -1,4 +1,4 @@
-"""What Ray Train, the mailbox and MLflow cost: an epoch with all of them over one without."""
+"""What Ray Train, the queue and MLflow cost: an epoch with all of them over one without."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.race import Benchmark, Outcome, Variant
+from pipeline.bench.race import Benchmark, RaceResult, Variant
 from pipeline.bench.settings import CLASSES, Settings
 from pipeline.cli.console import Follower
 from pipeline.config import Config
@@ -20,7 +20,7 @@ from pipeline.data.splits import hold_out
 from pipeline.distributed.driver import fit_on_ray
 from pipeline.distributed.worker_group import cause
 from pipeline.loop import fit
-from pipeline.tracking.runs import open_run
+from pipeline.tracking.open_run import open_run
 
 BARE, TRACKED = "bare loop", "Ray Train, MLflow"
 TARGET = 1.05
@@ -62,7 +62,7 @@ def pipeline(settings: Settings) -> Benchmark:
                 raise RuntimeError(f"the run did not end well: {ending.get('text', 'no MLflow')}")
         return ends.epochs()
 
-    def compare(outcome: Outcome) -> list[str]:
+    def compare(outcome: RaceResult) -> list[str]:
         ratio = outcome.speedup(BARE, TRACKED)
         return [f"an epoch costs {ratio:.3f} of the bare loop's (target: at most {TARGET})"]
 

@@ -18,7 +18,7 @@ from pipeline import checkpoint
 from pipeline.certify.certificates import (
     DETERMINISTIC,
     KINDS,
-    Found,
+    CertificateResult,
     prove,
     sampled,
     smooth,
@@ -36,7 +36,7 @@ from pipeline.evaluation.find_model import find
 from pipeline.evaluation.outcome_cache import digest
 from pipeline.seeding import seed_of
 from pipeline.storage.sync import storage_root
-from pipeline.tracking.runs import open_run
+from pipeline.tracking.open_run import open_run
 
 USAGE = f"""
 usage: python -m pipeline.certify RUN [key=value ...] [--help]
@@ -48,7 +48,7 @@ over eps, with what the radii are worth; keeps a table, plots and metrics in a c
   kind=a,b,...      of {", ".join(KINDS)} (default: theorem,floor,route):
                     theorem    theorem 5.4 of arXiv:2502.06832, L-inf, constants of differences
                     per_class  the same with constants of the classes and the factor of two
-                    floor      the same constants, used at each eps anew: never less than theorem
+                    floor      the same constants, used at each eps again: never less than theorem
                     route      how far the same experts take part, exact for an affine router:
                                says nothing of the answer, which may change on the way
                     smoothing  randomized smoothing (arXiv:1902.02918), L2, of the smoothed model
@@ -68,7 +68,7 @@ SMOOTHING = ("sigma", "samples", "choose", "alpha", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CertificatePlan:
     """What is certified, and how; as in the usage."""
 
     kinds: tuple[str, ...] = ("theorem", "floor", "route")
@@ -77,20 +77,20 @@ class Plan:
     smoothing: Smoothing = Smoothing()
 
 
-def read_plan(options: Mapping[str, str]) -> Plan:
+def read_plan(options: Mapping[str, str]) -> CertificatePlan:
     """Read the options that are no settings of a config.
 
     Raises:
         ValueError: One is out of its range.
     """
-    kinds = tuple(options.get("kind", ",".join(Plan().kinds)).split(","))
+    kinds = tuple(options.get("kind", ",".join(CertificatePlan().kinds)).split(","))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"kind must be of {', '.join(KINDS)}, got {unknown[0]!r}")
     images = parse("images", options.get("images", 200), int)
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     given = {key: options[key] for key in SMOOTHING if key in options}
-    return Plan(
+    return CertificatePlan(
         kinds=kinds,
         images=images,
         sampled=parse("sampled", options.get("sampled", True), bool),
@@ -123,7 +123,7 @@ def run(argv: list[str]) -> int:
         return certify(config, model, plan, of)
 
 
-def certify(config: Config, model: Network, plan: Plan, of: Mapping[str, str]) -> int:
+def certify(config: Config, model: Network, plan: CertificatePlan, of: Mapping[str, str]) -> int:
     """Certify test images of a config, print the tables, and track them; returns the exit code."""
     try:
         test = config.dataset.load(config.seed).test
@@ -147,10 +147,10 @@ def certify(config: Config, model: Network, plan: Plan, of: Mapping[str, str]) -
 
 
 def make(
-    config: Config, model: Network, plan: Plan, test: Images, follower: Follower
-) -> tuple[dict[str, Found], dict[str, float], str]:
+    config: Config, model: Network, plan: CertificatePlan, test: Images, follower: Follower
+) -> tuple[dict[str, CertificateResult], dict[str, float], str]:
     """Make the certificates; a kind that does not apply is left out, and said."""
-    found: dict[str, Found] = {}
+    found: dict[str, CertificateResult] = {}
     metrics: dict[str, float] = {}
     excuse = ""
     if kinds := [kind for kind in plan.kinds if kind in DETERMINISTIC]:
@@ -177,7 +177,7 @@ def make(
 
 
 def tell_constants(
-    proven: Constants, model: Network, plan: Plan, test: Images, follower: Follower
+    proven: Constants, model: Network, plan: CertificatePlan, test: Images, follower: Follower
 ) -> dict[str, float]:
     """Print the constants, and say what a margin could certify at most with them."""
     worst = float(proven.logits_EKK.amax())
@@ -192,7 +192,7 @@ def tell_constants(
     return metrics
 
 
-def status_rows(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
+def status_rows(found: Mapping[str, CertificateResult]) -> list[tuple[str, ...]]:
     """Count what the radii are worth, one row a kind."""
     marks = list(dict.fromkeys(str(mark) for one in found.values() for mark in one.status_N))
     rows = [("images that are", *marks)]
@@ -203,8 +203,8 @@ def status_rows(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
 
 def track(
     config: Config,
-    plan: Plan,
-    found: Mapping[str, Found],
+    plan: CertificatePlan,
+    found: Mapping[str, CertificateResult],
     metrics: Mapping[str, float],
     test: Images,
     follower: Follower,

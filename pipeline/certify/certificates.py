@@ -19,7 +19,7 @@ from moe.certification.difference_constants import sampled_constant
 from moe.certification.margin_floor import floor_radius
 from moe.certification.radii import (
     Constants,
-    Seen,
+    MixtureOutputs,
     Status,
     constants,
     look,
@@ -49,7 +49,7 @@ EPS = {  # radii of the table, in pixel units
 
 
 @dataclass(frozen=True)
-class Found:
+class CertificateResult:
     """One kind of certificate on N images.
 
     Attributes:
@@ -76,7 +76,7 @@ class Found:
 
 def prove(
     model: Network, images: Images, kinds: Sequence[str]
-) -> tuple[Constants, dict[str, Found]]:
+) -> tuple[Constants, dict[str, CertificateResult]]:
     """Certify by constants that hold for all images, in float64.
 
     Of a dual model the robust half is certified, with the margin that it needs.
@@ -109,11 +109,13 @@ def prove(
         marks: list[str] = [str(mark) for mark in statuses(radius_N, route_N, right_N)]
         if kind == "route":  # of the experts that take part, not of the answer
             marks = [ROUTE_HOLDS if mark == Status.CERTIFIED else mark for mark in marks]
-        found[kind] = Found("linf", radius_N, marks)
+        found[kind] = CertificateResult("linf", radius_N, marks)
     return proven, found
 
 
-def radius_of(kind: str, seen: Seen, proven: Constants, y_B: Tensor, need: float) -> Tensor:
+def radius_of(
+    kind: str, seen: MixtureOutputs, proven: Constants, y_B: Tensor, need: float
+) -> Tensor:
     """Compute one kind of radius, route aside."""
     if kind == "floor":
         return floor_radius(seen, proven, y_B, need=need)
@@ -148,7 +150,7 @@ def smooth(
     seed: int,
     device: torch.device,
     tell: Callable[[int, int], object] = lambda done, of: None,
-) -> Found:
+) -> CertificateResult:
     """Certify the smoothed classifier; each image's noise follows from the seed and its place."""
     frozen = fold(model.to(device))
     radii, marks = [], []
@@ -163,7 +165,7 @@ def smooth(
         kept = Status.CERTIFIED if right else Status.WRONG
         marks.append("abstains" if answer == ABSTAIN else kept)
         tell(place + 1, len(images))
-    return Found("l2", torch.tensor(radii, dtype=torch.float64), marks)
+    return CertificateResult("l2", torch.tensor(radii, dtype=torch.float64), marks)
 
 
 def sampled(model: Network, images: Images, proven: Constants) -> float:
@@ -184,7 +186,7 @@ def sampled(model: Network, images: Images, proven: Constants) -> float:
     return float(slopes_B.amax())
 
 
-def summary(found: Mapping[str, Found], eps: float) -> dict[str, float]:
+def summary(found: Mapping[str, CertificateResult], eps: float) -> dict[str, float]:
     """Name the metrics: certified accuracy at the threat's eps, mean radius, share of statuses."""
     metrics: dict[str, float] = {}
     for kind, one in found.items():
@@ -199,7 +201,7 @@ def summary(found: Mapping[str, Found], eps: float) -> dict[str, float]:
     return metrics
 
 
-def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
+def table(found: Mapping[str, CertificateResult]) -> list[tuple[str, ...]]:
     """Lay out certified accuracy over eps, with 95% intervals, one row a kind."""
     rows: list[tuple[str, ...]] = []
     for norm, unit, scale in (("linf", "L-inf, 1/255", 255), ("l2", "L2", 1)):
@@ -216,7 +218,7 @@ def table(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
     return [(*row, *[""] * (width - len(row))) for row in rows]
 
 
-def write(found: Mapping[str, Found], images: Images, folder: Path) -> None:
+def write(found: Mapping[str, CertificateResult], images: Images, folder: Path) -> None:
     """Write ``certificates.csv``, one row an image and kind, and ``plots/certified_<norm>.png``."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     with (folder / "certificates.csv").open("w", newline="") as file:
@@ -234,7 +236,7 @@ def write(found: Mapping[str, Found], images: Images, folder: Path) -> None:
             draw(own, norm, folder / "plots" / f"certified_{norm}.png")
 
 
-def draw(found: Mapping[str, Found], norm: str, path: Path) -> None:
+def draw(found: Mapping[str, CertificateResult], norm: str, path: Path) -> None:
     """Draw certified accuracy over eps, every image a step, with 95% intervals."""
     n = len(next(iter(found.values())).radius_N)
     unit, scale = ("1/255", 255) if norm == "linf" else ("L2", 1)

@@ -36,7 +36,7 @@ def cached(key: str, shape: tuple[int, ...], fill: Fill) -> Arrays:
 
     Args:
         key: A hash of all that decides the arrays.
-        shape: Shape (N, C, H, W) of the pixels; a file that does not fit it is made anew.
+        shape: Shape (N, C, H, W) of the pixels; a file that does not fit it is made again.
         fill: Writes pixels (N, C, H, W) and labels (N,) into the arrays it is given.
     """
     folder = cache_folder()

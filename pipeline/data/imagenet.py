@@ -28,7 +28,7 @@ STAND_INS = ("imagenette",)
 class ImageNet:
     """Photographs of a thousand kinds of things, of any size: random crops, tested on the centre.
 
-    Training images are read anew each epoch and never held, see ``streaming.py``. The validation
+    Training images are read again each epoch and never held, see ``streaming.py``. The validation
     and test images are resized to 256/224 of ``image_size``, cropped in the centre, and kept as
     uint8 in a mapped file: 7.5 GB of disk for all 50,000 at 224 px, of memory what is in use.
 

@@ -162,7 +162,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """A decoded image (3, H, W), and the mode it was stored in."""
 
     pixels: NDArray[np.uint8]
@@ -235,20 +235,20 @@ def check_labels(
     return labels
 
 
-def decode_rows(rows: Rows, layout: Layout) -> Iterator[Picture]:
+def decode_rows(rows: Rows, layout: Layout) -> Iterator[DecodedImage]:
     """Decode rows on all cores, in order.
 
     Raises:
         DamagedDataError: An image is damaged or not of the right size.
     """
 
-    def decode(i: int) -> Picture:
+    def decode(i: int) -> DecodedImage:
         try:
             picture = open_picture(rows.data[i])
             if layout.size is not None and picture.size != (layout.size, layout.size):
                 width, height = picture.size
                 raise ValueError(f"is {width} x {height}, want {layout.size} x {layout.size}")
-            return Picture(to_rgb(picture), picture.mode)
+            return DecodedImage(to_rgb(picture), picture.mode)
         except ValueError as error:
             raise DamagedDataError(f"{rows.file}: row {rows.first + i}: image {error}") from error
 

@@ -16,7 +16,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a server said: its status (0: nothing came) and the text, or the reason why not."""
 
     status: int
@@ -36,16 +36,16 @@ def ask(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
     wait: float = 5,
-) -> Answer:
+) -> Reply:
     """Send one request; GET without a body, POST with one."""
     request = urllib.request.Request(url, data=body, headers=dict(headers or {}))
     try:
         with urllib.request.build_opener(Unfollowed).open(request, timeout=wait) as answer:
-            return Answer(answer.status, answer.read(65536).decode(errors="replace"))
+            return Reply(answer.status, answer.read(65536).decode(errors="replace"))
     except urllib.error.HTTPError as error:
-        return Answer(error.code, error.read(65536).decode(errors="replace"))
+        return Reply(error.code, error.read(65536).decode(errors="replace"))
     except (OSError, ValueError) as error:
-        return Answer(0, str(getattr(error, "reason", error)))
+        return Reply(0, str(getattr(error, "reason", error)))
 
 
 def is_loopback(url: str) -> bool:

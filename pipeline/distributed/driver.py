@@ -12,12 +12,12 @@ from pipeline.cli.console import Follower
 from pipeline.config import Config
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.events import delivering
-from pipeline.distributed.worker_group import Crew, cause, crowded_out, listening
+from pipeline.distributed.worker_group import WorkerGroup, cause, crowded_out, listening
 from pipeline.storage.object_store import StoreError
 from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside, shown
 from pipeline.storage.sync import restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
-from pipeline.tracking.runs import open_run
+from pipeline.tracking.open_run import open_run
 
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -122,7 +122,7 @@ def fit_on_ray(
     config: Config, folder: Path, tracker: Tracker, follower: Follower
 ) -> dict[str, Any]:
     """Train on Ray Train; returns how it ended: ``metrics``, or ``text`` of what failed."""
-    from pipeline.distributed.events import open_mailbox
+    from pipeline.distributed.events import open_event_queue
 
     ending: dict[str, Any] = {}
 
@@ -142,9 +142,9 @@ def fit_on_ray(
         follower.handle(event)
 
     with ray_cluster(config), listening(follower.say) as stop:
-        mailbox = open_mailbox()
-        with delivering(mailbox, handle):
-            Crew(config, folder, mailbox, stop, ending, handle).work()
+        queue = open_event_queue()
+        with delivering(queue, handle):
+            WorkerGroup(config, folder, queue, stop, ending, handle).work()
     return ending
 
 
@@ -174,6 +174,6 @@ def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker) -
 def show_finished(config: Config, follower: Follower, result: Mapping[str, Any]) -> int:
     """Say that a run is finished, and show its table again."""
     follower.results(config.name, result["metrics"])
-    follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh begins it anew")
+    follower.say(f"this run is finished (MLflow run {result['run_id']}); --fresh starts it over")
     follower.say(f"see it with: {result['ui']}")
     return 0

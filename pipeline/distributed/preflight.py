@@ -51,7 +51,7 @@ def preflight(config: Config) -> None:
     A node that does not answer in time does not speak against the run: it may only be busy.
 
     Raises:
-        ValueError: A run cannot work here; the message names what, where and the mend.
+        ValueError: A run cannot work here; the message names what, where and the fix.
     """
     if problem := shortage(config.workers, capacity()):
         raise ValueError(problem)

@@ -16,7 +16,7 @@ from pipeline.context import best_device
 from pipeline.distributed.cluster import ray_cluster
 from pipeline.distributed.events import delivering
 from pipeline.evaluation.evaluator import Job
-from pipeline.evaluation.outcome_cache import Ledger
+from pipeline.evaluation.outcome_cache import OutcomeCache
 from pipeline.measures.runner import Effort, Verdicts, join, judge
 from pipeline.seeding import seed_of
 
@@ -27,7 +27,7 @@ def shards(
     config: Config,
     model: Network,
     jobs: Mapping[str, Job],
-    store: Ledger | None,
+    store: OutcomeCache | None,
     batch: int,
     follower: Follower,
 ) -> dict[str, Verdicts]:
@@ -73,17 +73,17 @@ def shards(
         return done
     import ray
 
-    from pipeline.distributed.events import open_mailbox
+    from pipeline.distributed.events import open_event_queue
 
-    def shard(rank: int, net: Network, work: Mapping[str, Job], mailbox: Any) -> Any:
+    def shard(rank: int, net: Network, work: Mapping[str, Job], queue: Any) -> Any:
         torch.set_num_threads(1)
-        return share(rank, net, work, mailbox.put.remote)
+        return share(rank, net, work, queue.put.remote)
 
     with ray_cluster(config):
-        mailbox = open_mailbox()
+        queue = open_event_queue()
         task = ray.remote(num_cpus=1)(shard)
         net, work = ray.put(model), ray.put(dict(jobs))
-        with delivering(mailbox, follower.handle):
-            parts = ray.get([task.remote(rank, net, work, mailbox) for rank in range(world)])
+        with delivering(queue, follower.handle):
+            parts = ray.get([task.remote(rank, net, work, queue) for rank in range(world)])
         follower.close()
     return {name: join([part[name] for part in parts]) for name in jobs}

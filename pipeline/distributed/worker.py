@@ -1,4 +1,4 @@
-"""What runs on each Ray worker, and the mailbox that carries its events to the driver."""
+"""What runs on each Ray worker, and the queue that carries its events to the driver."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import torch
 from pipeline import loop
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
-from pipeline.context import Event, Session, Wish, nothing
+from pipeline.context import Event, Session, Signal, nothing
 from pipeline.end_of_run import finish, tryout
 from pipeline.optimization.state import NonFiniteError
 from pipeline.storage.sync import for_worker
 
 HOPELESS = (NonFiniteError, loop.RouterError, loop.RoomError, CheckpointError, ValueError)
-"""Errors that would come again: no retry mends them."""
+"""Errors that would come again: no retry fixes them."""
 EVERY = 0.3  # seconds between two reports of progress
 LOOK = 5.0  # seconds between two looks whether a node is about to be taken away
 
 
 class Line:
-    """One worker's line to the driver: events out, wishes in."""
+    """One worker's line to the driver: events out, signals in."""
 
-    def __init__(self, mailbox: Any, rank: int, mark: Event) -> None:
-        self.mailbox, self.rank, self.mark = mailbox, rank, mark
+    def __init__(self, queue: Any, rank: int, mark: Event) -> None:
+        self.queue, self.rank, self.mark = queue, rank, mark
         self.last, self.looked = 0.0, time.monotonic()
         self.answer: Any = None  # to the oldest event whose answer was not read
-        self.wished, self.noticed = Wish.NONE, False
+        self.signalled, self.noticed = Signal.NONE, False
 
     def emit(self, event: Event) -> None:
         """Send an event; of those about progress, a few a second."""
@@ -42,17 +42,17 @@ class Line:
             if time.monotonic() - self.last < EVERY:
                 return
             self.last = time.monotonic()
-        sent = self.mailbox.put.remote({**event, **self.mark})
+        sent = self.queue.put.remote({**event, **self.mark})
         self.answer = self.answer or sent
 
-    def wish(self) -> Wish:
-        """Tell what the driver wishes, as far as it is known here, without waiting."""
+    def signal(self) -> Signal:
+        """Read the driver's last signal that has arrived here, without waiting."""
         if self.answer is not None and ray.wait([self.answer], timeout=0)[0]:
-            self.wished, self.answer = ray.get(self.answer), None
-        if self.wished is Wish.NONE and time.monotonic() - self.looked > LOOK:
+            self.signalled, self.answer = ray.get(self.answer), None
+        if self.signalled is Signal.NONE and time.monotonic() - self.looked > LOOK:
             self.looked = time.monotonic()
-            return Wish.LOOK
-        return self.wished
+            return Signal.LOOK
+        return self.signalled
 
     def notice(self) -> bool:
         """Ask Ray whether a node of this run is about to be taken away, with all workers."""
@@ -69,21 +69,21 @@ def work(settings: Mapping[str, Any]) -> str:
     """Train on this worker; return how it ended: ``finished``, ``stopped`` or ``failed``.
 
     Args:
-        settings: ``config`` (flat), ``folder`` (absolute) and ``mailbox``; of a sweep's trial its
+        settings: ``config`` (flat), ``folder`` (absolute) and ``queue``; of a sweep's trial its
             name as ``trial``, which all its events then carry.
     """
     mark = {"trial": settings["trial"]} if "trial" in settings else {}
     torch.set_num_threads(1)
-    context, mailbox = ray.train.get_context(), settings["mailbox"]
+    context, queue = ray.train.get_context(), settings["queue"]
     folder = Path(settings["folder"])
-    line = Line(mailbox, context.get_world_rank(), mark)
+    line = Line(queue, context.get_world_rank(), mark)
     session = Session(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         emit=line.emit,
         report=lambda metrics: ray.train.report(dict(metrics)),
-        wish=line.wish,
+        signal=line.signal,
         notice=line.notice,
     )
     try:
@@ -96,5 +96,5 @@ def work(settings: Mapping[str, Any]) -> str:
     except HOPELESS as error:
         ending = {"kind": "failed", "text": f"{type(error).__name__}: {error}"}
     if session.rank == 0 or ending["kind"] == "failed":
-        ray.get(mailbox.put.remote({**ending, **mark}))
+        ray.get(queue.put.remote({**ending, **mark}))
     return str(ending["kind"])

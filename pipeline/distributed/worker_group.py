@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config.overrides import flatten
 from pipeline.config.worker_range import Elastic
-from pipeline.context import Wish
+from pipeline.context import Signal
 from pipeline.distributed.preflight import capacity
 from pipeline.storage.sync import home_of
 
@@ -71,12 +71,12 @@ def listening(say: Say) -> Iterator[Stop]:
 
 
 @dataclass
-class Crew:
+class WorkerGroup:
     """The workers of one run.
 
     Attributes:
         config, folder: Of the run.
-        mailbox: Their line to this process.
+        queue: Their line to this process.
         stop: What the user asked for.
         ending: Filled elsewhere by the workers' last event, by ``updates`` as they go on, and by
             ``judging`` once training is over.
@@ -85,7 +85,7 @@ class Crew:
 
     config: Config
     folder: Path
-    mailbox: Any
+    queue: Any
     stop: Stop
     ending: Mapping[str, Any]
     tell: Callable[[Mapping[str, Any]], None]
@@ -106,14 +106,14 @@ class Crew:
             raise KeyboardInterrupt
 
     def work_elastic(self) -> str:
-        """Train with as many workers as there is room for, anew whenever that changes."""
+        """Train with as many workers as there is room for, again whenever that changes."""
         from ray.train import TrainingFailedError
 
         counts, failures, saved = self.config.worker_counts, 0, self.newest()
         while not self.stop.since:
             count = self.gather(counts)
             self.tell({"kind": "tag", "key": "workers_now", "value": str(count)})
-            self.tell({"kind": "crew", "count": count, "of": str(self.config.workers)})
+            self.tell({"kind": "group", "count": count, "of": str(self.config.workers)})
             more = next((n for n in counts if n > count), count) - count
             try:
                 outcome = self.attend(self.trainer(count, 0).fit, more)
@@ -128,7 +128,7 @@ class Crew:
         return "stopped"
 
     def attend(self, fit: Callable[[], Any], more: int = 0) -> str:
-        """Run ``fit`` in a thread, and pass on to the workers what they are wished to do.
+        """Run ``fit`` in a thread, and pass on to the workers what they are signalled to do.
 
         Args:
             more: Workers to wait for, once these are at work: they must not take their room.
@@ -146,9 +146,9 @@ class Crew:
             except BaseException as error:
                 box["error"] = error
 
-        ray.get(self.mailbox.wish.remote(Wish.NONE))
+        ray.get(self.queue.signal.remote(Signal.NONE))
         thread = threading.Thread(target=run, daemon=True)
-        wished, failed, looked = False, 0.0, time.monotonic()
+        signalled, failed, looked = False, 0.0, time.monotonic()
         room, updates = None, self.ending.get("updates", 0)
         with ExitStack() as stack:
             thread.start()
@@ -157,11 +157,11 @@ class Crew:
                 if more and room is None and self.ending.get("updates", 0) > updates:
                     room = stack.enter_context(waiting_room(self.bundle(), more))
                 joined = False
-                if room is not None and not wished and time.monotonic() - looked > LOOK:
+                if room is not None and not signalled and time.monotonic() - looked > LOOK:
                     joined, looked = room(), time.monotonic()
-                if (self.stop.since or joined) and not wished:
-                    wished = True
-                    self.mailbox.wish.remote(Wish.STOP)
+                if (self.stop.since or joined) and not signalled:
+                    signalled = True
+                    self.queue.signal.remote(Signal.STOP)
                 if self.stop.overdue or (self.stop.since and self.ending.get("judging")):
                     raise KeyboardInterrupt
                 if self.ending.get("kind") == "failed":
@@ -175,7 +175,7 @@ class Crew:
     def trainer(self, count: int, failures: int) -> Any:
         """Make Ray's trainer of so many workers."""
         gpus = "GPU" in self.bundle()
-        return make_trainer(self.config, self.folder, self.mailbox, count, failures, gpus=gpus)
+        return make_trainer(self.config, self.folder, self.queue, count, failures, gpus=gpus)
 
     def bundle(self) -> dict[str, float]:
         """What one worker needs, in Ray's words."""
@@ -218,7 +218,7 @@ class Crew:
 def make_trainer(
     config: Config,
     folder: Path,
-    mailbox: Any,
+    queue: Any,
     count: int,
     failures: int = FAILURES,
     *,
@@ -240,7 +240,7 @@ def make_trainer(
 
     from pipeline.distributed.worker import work
 
-    told = {"config": flatten(config), "folder": str(folder), "mailbox": mailbox, **more}
+    told = {"config": flatten(config), "folder": str(folder), "queue": queue, **more}
     return TorchTrainer(
         work,
         train_loop_config=told,

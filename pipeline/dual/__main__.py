@@ -15,13 +15,13 @@ from pipeline.cli.console import Follower
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
 from pipeline.dual.alpha_curve import Curve, as_markdown, plot_trade_off, write_csv
-from pipeline.dual.attack import Half, Sweep, attacked, check_same, read_half, split
+from pipeline.dual.attack import AlphaSweep, Half, attacked, check_same, read_half, split
 from pipeline.evaluation.outcome_cache import digest
 from pipeline.evaluation.plan import OPTIONS, PREFIXES, WHERE, read_plan
 from pipeline.measures import END_OF_RUN
 from pipeline.storage.sync import storage_root
 from pipeline.tracking import EVALUATED
-from pipeline.tracking.runs import open_run
+from pipeline.tracking.open_run import open_run
 
 ALPHAS = ",".join(f"{tenths / 10:g}" for tenths in range(11))
 USAGE = f"""
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
         return fail(str(error), 1)
     known = getattr(both.config.backbone, "mix", "") if both else ""
     mix: Mix = parse("mix", own.get("mix", known or "probabilities"), Mix)
-    sweep = Sweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
+    sweep = AlphaSweep(alphas, mix, plan, parse("transfer", own.get("transfer", True), bool))
     changes = {"workers": 1, "batch_size": 2 * where.workers, **settings}
     return draw(halves, both, beside, sweep, changes)
 
@@ -96,7 +96,7 @@ def draw(
     halves: Sequence[Half],
     both: Half | None,
     beside: Sequence[Half],
-    sweep: Sweep,
+    sweep: AlphaSweep,
     changes: dict[str, Any],
 ) -> int:
     """Attack every mixture of the pairs; write the table and the plot, and track them."""
@@ -139,7 +139,7 @@ def draw(
 def track(
     config: Config,
     runs: dict[str, str],
-    sweep: Sweep,
+    sweep: AlphaSweep,
     curves: Sequence[Curve],
     follower: Follower,
 ) -> None:

@@ -23,7 +23,7 @@ from pipeline.dual.alpha_curve import Point
 from pipeline.evaluation.evaluator import Findings, examine
 from pipeline.evaluation.find_model import find, origin
 from pipeline.evaluation.outcome_cache import digest
-from pipeline.evaluation.plan import Plan, open_ledger, plan_jobs
+from pipeline.evaluation.plan import Plan, open_outcome_cache, plan_jobs
 from pipeline.measures import Transfer
 from pipeline.tracking import EVALUATED
 
@@ -43,7 +43,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class AlphaSweep:
     """What is asked of each pair: the weights, what is mixed, and the attacks."""
 
     alphas: tuple[float, ...]
@@ -91,7 +91,7 @@ def split(both: Half) -> tuple[Half, Half]:
 def attacked(
     standard: Half,
     robust: Half,
-    sweep: Sweep,
+    sweep: AlphaSweep,
     config: Config,
     test: Images,
     follower: Follower,
@@ -120,7 +120,7 @@ def judge_one(
     config: Config,
     model: Network,
     identity: str,
-    sweep: Sweep,
+    sweep: AlphaSweep,
     test: Images,
     follower: Follower,
 ) -> Findings:
@@ -130,7 +130,7 @@ def judge_one(
         jobs["main"] = replace(
             jobs["main"], measures={**jobs["main"].measures, **transfers(model, config)}
         )
-    store = open_ledger(config, identity, test) if sweep.plan.reuse else None
+    store = open_outcome_cache(config, identity, test) if sweep.plan.reuse else None
     results = shards(config, model, jobs, store, sweep.plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
     main_found = results["main"]

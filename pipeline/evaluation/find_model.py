@@ -17,7 +17,7 @@ from pipeline.tracking import EVALUATED, download, resolve_run
 
 
 @dataclass(frozen=True)
-class Source:
+class TransferSource:
     """Another run's model, on which attacked images are made.
 
     Attributes:
@@ -40,7 +40,7 @@ def find(name: str, where: Config, scratch: Path) -> tuple[Path, dict[str, str]]
     return folder, {EVALUATED: run, "mlflow.parentRunId": run}
 
 
-def read_source(name: str, where: Config, scratch: Path, dataset: Dataset) -> Source:
+def read_source(name: str, where: Config, scratch: Path, dataset: Dataset) -> TransferSource:
     """Load the model on which attacked images are made.
 
     Raises:
@@ -52,7 +52,7 @@ def read_source(name: str, where: Config, scratch: Path, dataset: Dataset) -> So
         here, there = getattr(dataset, key), getattr(own.dataset, key)
         if here != there:
             raise ValueError(f"transfer must be a run with {key} {here}, got {name!r} with {there}")
-    return Source(fold(model), of[EVALUATED], origin(own, folder))
+    return TransferSource(fold(model), of[EVALUATED], origin(own, folder))
 
 
 def origin(config: Config, folder: Path) -> str:

@@ -27,7 +27,7 @@ read."""
 
 
 @dataclass(frozen=True)
-class Ledger:
+class OutcomeCache:
     """Outcomes by weights, attack and image; see ``pipeline.measures.outcomes.Store``.
 
     Attributes:

@@ -11,8 +11,13 @@ from pipeline.config.overrides import parse
 from pipeline.context import best_device
 from pipeline.data.splits import Images
 from pipeline.evaluation.evaluator import Job, cascaded, main_job, side_jobs
-from pipeline.evaluation.find_model import Source
-from pipeline.evaluation.outcome_cache import OUTCOMES_VERSION, Ledger, digest, digest_of_images
+from pipeline.evaluation.find_model import TransferSource
+from pipeline.evaluation.outcome_cache import (
+    OUTCOMES_VERSION,
+    OutcomeCache,
+    digest,
+    digest_of_images,
+)
 from pipeline.measures import MEASURES, PACKAGED, Transfer
 from pipeline.measures.sanity.probe_attacks import CURVE_STEPS
 from pipeline.measures.tiers import TIERS, Tier, measures_of
@@ -44,7 +49,7 @@ class Plan:
     cascade: bool = False
     reuse: bool = True
     batch: int = 256
-    transfer: Source | None = None
+    transfer: TransferSource | None = None
 
 
 def read_plan(options: Mapping[str, str]) -> Plan:
@@ -100,8 +105,8 @@ def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
     return jobs
 
 
-def open_ledger(config: Config, network: str, test: Images) -> Ledger:
+def open_outcome_cache(config: Config, network: str, test: Images) -> OutcomeCache:
     """Find the outcomes of a network under the run folders."""
     place = (str(config.seed), digest_of_images(test), OUTCOMES_VERSION, best_device().type)
     home = storage_root(config.storage) / config.experiment / "outcomes"
-    return Ledger(home, network, digest(*place))
+    return OutcomeCache(home, network, digest(*place))

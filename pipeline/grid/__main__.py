@@ -13,8 +13,8 @@ from pipeline.cli.arguments import PREEMPTED, fail, main, read_arguments
 from pipeline.cli.console import aligned
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.preflight import capacity
-from pipeline.grid.cell_log import Book, shares
-from pipeline.grid.grid_request import Request, read_request
+from pipeline.grid.cell_log import CellLog, shares
+from pipeline.grid.grid_request import GridRequest, read_request
 from pipeline.grid.scheduler import drive
 from pipeline.presets.paper_grid import costs
 from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside, shown
@@ -36,7 +36,7 @@ again trains what is not finished, goes on where a cell stopped, and tries again
   name=N                     of the parent run (default: grid)
   key=value                  any other setting, as in pipeline.train, for the cells that have it
   --dry-run  print the cells and what they cost, start nothing
-  --fresh    begin all cells anew; what earlier ones left is kept under other names
+  --fresh    begin all cells again; what earlier ones left is kept under other names
   --strict-tracking  end with an error where MLflow is away for long, as in pipeline.train
 """
 FLAGS = ("--dry-run", "--fresh", "--strict-tracking")
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
             return fail(str(error), 1)
 
 
-def begin_anew(request: Request, say: Callable[[str], None]) -> None:
+def begin_anew(request: GridRequest, say: Callable[[str], None]) -> None:
     """Put aside what earlier runs of these cells left, and the grid's own folder."""
     for folder in {run_folder(config) for config in request.configs}:
         with owned(folder, say) as free:
@@ -77,7 +77,7 @@ def begin_anew(request: Request, say: Callable[[str], None]) -> None:
     set_aside(request.folder)
 
 
-def carry_out(request: Request, console: Console, *, strict: bool) -> int:
+def carry_out(request: GridRequest, console: Console, *, strict: bool) -> int:
     """Run the cells that are not finished, and say how all of them ended; returns the exit code.
 
     Raises:
@@ -89,80 +89,80 @@ def carry_out(request: Request, console: Console, *, strict: bool) -> int:
 
     for config in request.configs:
         restore(run_folder(config), "tracking")  # what other machines finished
-    book = Book(request, strict=strict)
+    log = CellLog(request, strict=strict)
     status = "failed"
     try:
         with stoppable():
-            waiting = book.unfinished()
-            done = len(book.entries) - len(waiting)
-            say(f"{request.folder.name}: {len(book.entries)} cells, {done} finished before")
+            waiting = log.unfinished()
+            done = len(log.entries) - len(waiting)
+            say(f"{request.folder.name}: {len(log.entries)} cells, {done} finished before")
             if waiting:
-                run_cells(book, waiting, say)
-        if all(entry.status == "finished" for entry in book.entries):
+                run_cells(log, waiting, say)
+        if all(entry.status == "finished" for entry in log.entries):
             status = "finished"
-        elif not any(entry.status == "failed" for entry in book.entries):
+        elif not any(entry.status == "failed" for entry in log.entries):
             status = "preempted"  # cells that were stopped one by one
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
     finally:
-        sent = book.close(status)
-    say(outcome(book))
+        sent = log.close(status)
+    say(outcome(log))
     if strict and not sent:
-        raise book.tracker.outage()
+        raise log.tracker.outage()
     if not sent:
         say("warning: MLflow does not have everything yet; the same command sends it")
     first = request.configs[0]
-    grid = f" grid={book.tracker.run_id}" if book.tracker.run_id else ""
+    grid = f" grid={log.tracker.run_id}" if log.tracker.run_id else ""
     say(f"compare: python -m pipeline.report {first.experiment}{grid}")
-    say(f"see it with: {book.tracker.ui_hint()}")
-    return conclude(book, status)
+    say(f"see it with: {log.tracker.ui_hint()}")
+    return conclude(log, status)
 
 
-def conclude(book: Book, status: str) -> int:
+def conclude(log: CellLog, status: str) -> int:
     """Say what is missing; returns the exit code."""
-    failed = [entry for entry in book.entries if entry.status == "failed"]
+    failed = [entry for entry in log.entries if entry.status == "failed"]
     for entry in failed:
         print(f"failed: {entry.key}: {entry.reason}", file=sys.stderr)
-    left = sum(entry.status != "finished" for entry in book.entries)
+    left = sum(entry.status != "finished" for entry in log.entries)
     if status == "preempted":
         text = f"stopped; {left} cell(s) left, which the same command continues"
         return fail(text, PREEMPTED)
     if failed:
         return fail(
-            f"{len(failed)} of {len(book.entries)} cells failed; logs in "
-            f"{shown(book.folder / 'logs')}; the same command tries them again",
+            f"{len(failed)} of {len(log.entries)} cells failed; logs in "
+            f"{shown(log.folder / 'logs')}; the same command tries them again",
             1,
         )
     return 0
 
 
-def run_cells(book: Book, waiting: list[int], say: Callable[[str], None]) -> None:
+def run_cells(log: CellLog, waiting: list[int], say: Callable[[str], None]) -> None:
     """Run cells in one Ray: that of ``RAY_ADDRESS``, or one that ends with them."""
     import ray
 
-    configs = [book.request.configs[place] for place in waiting]
+    configs = [log.request.configs[place] for place in waiting]
     workers = max(int(config.workers) for config in configs)
     with ray_cluster(configs[0]):
         there = capacity()
         gpus = there.get("GPU", 0)
         unit = "GPU" if gpus >= workers else "CPU"  # as pipeline.train chooses
-        slots = max(1, min(int(there[unit] // workers), book.request.at_once or len(waiting)))
+        slots = max(1, min(int(there[unit] // workers), log.request.at_once or len(waiting)))
         say(f"{len(waiting)} to run, {slots} at a time on {there[unit]:.0f} {unit}s")
         address = os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
 
         def room() -> int:
             return int(capacity().get(unit, 0) // workers)
 
-        drive(book, waiting, slots, address=address, say=say, room=room)
+        drive(log, waiting, slots, address=address, say=say, room=room)
 
 
-def outcome(book: Book) -> str:
+def outcome(log: CellLog) -> str:
     """Lay out how the cells ended."""
-    rows = [(entry.key, entry.status, shares(entry.metrics)) for entry in book.entries]
+    rows = [(entry.key, entry.status, shares(entry.metrics)) for entry in log.entries]
     return aligned([("cell", "ended", "reached"), *rows], left=3)
 
 
-def show_costs(request: Request, console: Console) -> None:
+def show_costs(request: GridRequest, console: Console) -> None:
     """Print the cells and what one image costs each, without Ray and data."""
     rows: list[tuple[str, ...]] = [
         ("cell", "px", "GMAC", "of it router", "parameters", "dense GMAC", "over dense")

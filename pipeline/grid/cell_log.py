@@ -11,16 +11,16 @@ from typing import Any
 
 from pipeline.cli.arguments import PREEMPTED
 from pipeline.config import Config
-from pipeline.grid.grid_request import Request
+from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
 from pipeline.tracking import Tracker, end_abandoned, send_rest
+from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
 from pipeline.tracking.queries import GRID, PARENT
-from pipeline.tracking.runs import commit
 
 
 @dataclass
-class Entry:
+class CellRecord:
     """One cell: ``waiting``, ``running``, ``finished``, ``failed`` or ``preempted``, and why."""
 
     name: str
@@ -39,17 +39,17 @@ class Entry:
         return f"{self.name} seed {self.seed}"
 
 
-class Book:
+class CellLog:
     """Keeps the cells of a request, and tells the parent run what becomes of them.
 
     What a cell reached stands in its own run folder and MLflow run, so whatever the grid's process
     did not write down before it died is read there again.
     """
 
-    def __init__(self, request: Request, *, strict: bool = False):
+    def __init__(self, request: GridRequest, *, strict: bool = False):
         self.request, self.folder = request, request.folder
         self.entries = [
-            Entry(config.name, config.seed, config.fingerprint, str(run_folder(config)))
+            CellRecord(config.name, config.seed, config.fingerprint, str(run_folder(config)))
             for config in request.configs
         ]
         first = request.configs[0]
@@ -83,7 +83,7 @@ class Book:
         reason: str = "",
         seconds: float = 0.0,
         result: Mapping[str, Any] | None = None,
-    ) -> Entry:
+    ) -> CellRecord:
         """Note what became of a cell, on disk and for the parent run."""
         entry = self.entries[place]
         entry.status, entry.reason, entry.seconds = status, reason, seconds
@@ -94,7 +94,7 @@ class Book:
         replace_file(self.folder / "cells.json", json.dumps(rows, indent=2) + "\n")
         return entry
 
-    def ended(self, place: int, code: int, reason: str, seconds: float) -> Entry:
+    def ended(self, place: int, code: int, reason: str, seconds: float) -> CellRecord:
         """Note the end of a cell's process; end its MLflow run if it could not do so itself."""
         config = self.request.configs[place]
         if code == 0 and (result := result_of(config)) is not None:
@@ -145,7 +145,7 @@ def result_of(config: Config) -> dict[str, Any] | None:
     return found
 
 
-def told(entry: Entry) -> str:
+def told(entry: CellRecord) -> str:
     """Say in one line what became of a cell."""
     if entry.status == "failed":
         return f"failed: {entry.reason}"

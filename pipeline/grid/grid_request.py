@@ -20,7 +20,7 @@ OWN = {"name": str, "at_once": int}
 
 
 @dataclass(frozen=True)
-class Request:
+class GridRequest:
     """The runs of a grid.
 
     Attributes:
@@ -41,7 +41,7 @@ class Request:
         return run_folder(self.configs[0]).parent / f"{self.name}-{digest[:8]}"
 
 
-def read_request(settings: Mapping[str, str]) -> Request:
+def read_request(settings: Mapping[str, str]) -> GridRequest:
     """Make the runs that a command line's settings ask for.
 
     ``backbone``, ``dataset``, ``algorithm`` and ``seed`` take lists. ``backbone.ratio`` and
@@ -79,7 +79,7 @@ def read_request(settings: Mapping[str, str]) -> Request:
     configs = tuple(
         override(config, held(config, rest) | {"seed": seed}) for config in made for seed in seeds
     )
-    return Request(configs, **own)
+    return GridRequest(configs, **own)
 
 
 def _listed(axis: str, settings: Mapping[str, Any]) -> list[str]:

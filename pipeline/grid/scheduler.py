@@ -17,14 +17,14 @@ from pipeline.cli.arguments import PREEMPTED
 from pipeline.cli.console import span
 from pipeline.config import Config
 from pipeline.config.overrides import flatten
-from pipeline.grid.cell_log import Book, shares
+from pipeline.grid.cell_log import CellLog, shares
 from pipeline.storage.run_folder import shown
 from pipeline.tracking.queries import PARENT
 
 POLL = 0.2  # seconds between two looks at the processes
 EVERY = 60.0  # seconds between two lines about cells that run
 GRACE = 60.0  # seconds that stopped cells have to write down where they are
-AGAIN = 3  # times that a cell is started anew after it lost its place
+AGAIN = 3  # times that a cell is started again after it lost its place
 Say = Callable[[str], None]
 
 
@@ -34,14 +34,14 @@ class Running:
 
     place: int
     process: subprocess.Popen[str]
-    log: Path
+    output: Path
     start: int  # of this attempt's lines in the log
     began: float
     told: str = ""  # the last of its lines that was passed on
 
     def lines(self) -> list[str]:
         """Read what this attempt has said so far."""
-        with self.log.open("rb") as file:
+        with self.output.open("rb") as file:
             file.seek(self.start)
             text = file.read().decode(errors="replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
@@ -54,7 +54,7 @@ class Running:
 
 
 def drive(
-    book: Book,
+    log: CellLog,
     waiting: list[int],
     slots: int,
     *,
@@ -76,25 +76,25 @@ def drive(
         KeyboardInterrupt, SystemExit: The grid was stopped; so were its cells before this returns.
     """
     waiting, running, spoke = list(waiting), list[Running](), time.monotonic()
-    total, again = len(book.entries), Counter[int]()
+    total, again = len(log.entries), Counter[int]()
     try:
         while waiting or running:
             while waiting and len(running) < (min(slots, max(1, room())) if room else slots):
-                running.append(child := start(book, waiting.pop(0), address))
+                running.append(child := start(log, waiting.pop(0), address))
                 place = f"[{child.place + 1}/{total}]"
-                say(f"{place} {book.entries[child.place].key} started; {shown(child.log)}")
+                say(f"{place} {log.entries[child.place].key} started; {shown(child.output)}")
                 spoke = time.monotonic()
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
                 if child.process.returncode == PREEMPTED and again[child.place] < AGAIN:
                     again[child.place] += 1
                     waiting.append(child.place)
-                say(ending(book, child, len(waiting) + len(running)))
+                say(ending(log, child, len(waiting) + len(running)))
                 spoke = time.monotonic()
             if time.monotonic() - spoke > EVERY:
                 for child in running:
                     if (last := (child.lines() or ["starting"])[-1]) != child.told:
-                        say(f"    {book.entries[child.place].key}: {last}")
+                        say(f"    {log.entries[child.place].key}: {last}")
                     child.told = last
                 spoke = time.monotonic()
             time.sleep(POLL)
@@ -102,18 +102,18 @@ def drive(
         say(f"stopping {len(running)} cell(s); once more to kill them")
         stop(running)
         for child in running:
-            book.stopped(child.place)
+            log.stopped(child.place)
         raise
 
 
-def start(book: Book, place: int, address: str) -> Running:
+def start(log: CellLog, place: int, address: str) -> Running:
     """Start a cell's process."""
-    config = book.request.configs[place]
-    log = log_of(book.folder, config)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    size = log.stat().st_size if log.exists() else 0
-    book.write(place, "running")
-    with log.open("a") as file:
+    config = log.request.configs[place]
+    output = log_of(log.folder, config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    size = output.stat().st_size if output.exists() else 0
+    log.write(place, "running")
+    with output.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "pipeline.grid.cell_process"],
             stdin=subprocess.PIPE,
@@ -123,23 +123,23 @@ def start(book: Book, place: int, address: str) -> Running:
             env=os.environ | {"PYTHONPATH": import_path(), "RAY_ADDRESS": address},
             start_new_session=True,  # Ctrl-C is for the grid, which then stops its cells
         )
-    parent = book.tracker.run_id
+    parent = log.tracker.run_id
     tags = {PARENT: parent} if parent else {}
-    request = {"config": flatten(config), "tags": tags, "strict": book.tracker.strict}
+    request = {"config": flatten(config), "tags": tags, "strict": log.tracker.strict}
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it died at once, which its exit code tells
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()  # and kept open: its end tells the cell that the grid is gone
-    return Running(place, process, log, size, time.monotonic())
+    return Running(place, process, output, size, time.monotonic())
 
 
-def ending(book: Book, child: Running, left: int) -> str:
+def ending(log: CellLog, child: Running, left: int) -> str:
     """Record the end of a cell; return the line that tells it."""
     seconds = time.monotonic() - child.began
     reason = child.reason() if child.process.returncode else ""
-    entry = book.ended(child.place, child.process.returncode, reason, seconds)
+    entry = log.ended(child.place, child.process.returncode, reason, seconds)
     told = f"{entry.status} after {span(seconds)}: {entry.reason or shares(entry.metrics)}"
-    return f"[{child.place + 1}/{len(book.entries)}] {entry.key} {told}; {left} to go"
+    return f"[{child.place + 1}/{len(log.entries)}] {entry.key} {told}; {left} to go"
 
 
 def stop(running: list[Running]) -> None:

@@ -47,7 +47,7 @@ class WeightAverage:
     def follow(self, model: Network) -> None:
         """Take the weights after an update into the average.
 
-        The first are its start; where a run goes on with another network, it begins anew.
+        The first are its start; where a run goes on with another network, it begins again.
         """
         if not self.decay:
             return

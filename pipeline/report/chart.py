@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import Any
 
 from pipeline.presets.paper_grid import ROWS
-from pipeline.report.grouping import Block
+from pipeline.report.grouping import ReportBlock
 from pipeline.report.statistics import Estimate
 
 STYLES = dict(
@@ -24,7 +24,7 @@ OTHER_COLORS = ("C5", "C6", "C8", "C9")
 COLUMNS = 4
 
 
-def plot_over_cost(blocks: Sequence[Block], path: Path) -> None:
+def plot_over_cost(blocks: Sequence[ReportBlock], path: Path) -> None:
     """Draw each block's rows: worst robust accuracy with its 95% interval over GMAC.
 
     Rows of one cost stand side by side, a hair apart.
@@ -55,7 +55,7 @@ def plot_over_cost(blocks: Sequence[Block], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_block(axes: Any, block: Block, handles: dict[str, Any]) -> None:
+def draw_block(axes: Any, block: ReportBlock, handles: dict[str, Any]) -> None:
     """Draw one block, and add its rows to the legend."""
     others = cycle(OTHER_COLORS)
     points = [

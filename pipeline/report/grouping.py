@@ -25,7 +25,7 @@ OF_THE_FORM = {  # settings in which the rows of a table differ because they are
 
 
 @dataclass
-class Row:
+class ResultRow:
     """The runs of one setting, one a seed: a line of a table.
 
     Attributes:
@@ -37,7 +37,7 @@ class Row:
     kind: str
     title: str
     runs: tuple[Run, ...]
-    base: Row | None = None
+    base: ResultRow | None = None
     note: str = ""
 
     @property
@@ -80,13 +80,13 @@ class Row:
 
 
 @dataclass
-class Block:
+class ReportBlock:
     """Rows on one backbone and dataset, judged under the same threat on the same images."""
 
     backbone: str
     dataset: str
     conditions: dict[str, str]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     apart: str = ""  # from other blocks of the same title
     over: str = "dense"  # kind of the row that the others are compared with
 
@@ -127,7 +127,7 @@ def fraction(text: str) -> str:
     return f"{round(parts * 4) / 4:g}/255" if whole else f"{float(text):g}"
 
 
-def blocks_of(runs: Iterable[Run], over: str = "dense") -> list[Block]:
+def blocks_of(runs: Iterable[Run], over: str = "dense") -> list[ReportBlock]:
     """Group runs: blocks by net, data and threat; rows by all settings but the seed.
 
     Args:
@@ -138,17 +138,17 @@ def blocks_of(runs: Iterable[Run], over: str = "dense") -> list[Block]:
     """
     if over not in ROWS:
         raise ValueError(f"over must be one of {', '.join(ROWS)}, got {over!r}")
-    blocks: dict[object, Block] = {}
+    blocks: dict[object, ReportBlock] = {}
     rows: dict[object, list[Run]] = {}
     for run in runs:
         conditions = conditions_of(run)
         key = (run.params["backbone"], run.params["dataset"], *conditions.items())
-        block = Block(run.params["backbone"], run.params["dataset"], conditions, over=over)
+        block = ReportBlock(run.params["backbone"], run.params["dataset"], conditions, over=over)
         blocks.setdefault(key, block)
         rows.setdefault((key, *sorted(run.settings.items())), []).append(run)
     for (key, *_), members in rows.items():  # type: ignore[misc]
         members.sort(key=lambda run: run.seed)
-        blocks[key].rows.append(Row(kind_of(members[0]), "", tuple(members)))
+        blocks[key].rows.append(ResultRow(kind_of(members[0]), "", tuple(members)))
     for block in blocks.values():
         block.rows.sort(key=rank)
         name_rows(block.rows)
@@ -191,7 +191,7 @@ def kind_of(run: Run) -> str:
     return run.name
 
 
-def rank(row: Row) -> tuple[int, str, str]:
+def rank(row: ResultRow) -> tuple[int, str, str]:
     """Order rows as the paper does."""
     return (place(list(ROWS), row.kind), row.kind, str(sorted(row.settings.items())))
 
@@ -201,7 +201,7 @@ def place(names: Sequence[str], name: str) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def name_rows(rows: Sequence[Row]) -> None:
+def name_rows(rows: Sequence[ResultRow]) -> None:
     """Give rows the paper's titles; rows with the same one say in what they differ."""
     for row in rows:
         same = [other for other in rows if other.kind == row.kind]
@@ -223,7 +223,7 @@ def short(text: str | None) -> str:
         return str(text) if len(str(text)) < 64 else str(text)[:8]
 
 
-def base_for(row: Row, rows: Sequence[Row], over: str) -> tuple[Row | None, str]:
+def base_for(row: ResultRow, rows: Sequence[ResultRow], over: str) -> tuple[ResultRow | None, str]:
     """Find the row of a kind to compare with: the one trained most alike; say what is not."""
     found = [other for other in rows if other.kind == over]
     if not found:

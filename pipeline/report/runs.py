@@ -35,14 +35,14 @@ class Run:
 
 
 @dataclass
-class Found:
+class FoundRuns:
     """Runs to report, and how many others there were, by the reason they are left out."""
 
     runs: list[Run]
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found:
+def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> FoundRuns:
     """Read the finished training runs of an experiment; of equal settings and seed the newest.
 
     Args:
@@ -53,7 +53,7 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
         ValueError: There is no such database or experiment, or no run has such a setting.
         ConnectionError: The server does not answer.
     """
-    found, full = Found([]), dict[str, Run]()
+    found, full = FoundRuns([]), dict[str, Run]()
     for record in fetch(resolve_uri(tracking_uri), experiment):
         run = run_of(record)
         if reason := reason_against(run, record.info.status):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.cli.console import aligned
 from pipeline.presets.paper_grid import ROWS
-from pipeline.report.grouping import Block, Row
+from pipeline.report.grouping import ReportBlock, ResultRow
 from pipeline.report.statistics import BOTH, IMAGES, SEEDS, Difference, Estimate
 
 FOOT = {
@@ -20,7 +20,7 @@ FOOT = {
 MARK = {SEEDS: "s", IMAGES: "i", BOTH: "m"}
 
 
-def header(block: Block) -> tuple[str, ...]:
+def header(block: ReportBlock) -> tuple[str, ...]:
     """Name the columns of a block."""
     ra = f"RA (PGD-{block.ra.removeprefix('test/ra_pgd')})"
     names = ["algorithm", "n", "SA", ra, "RA worst"]
@@ -29,12 +29,12 @@ def header(block: Block) -> tuple[str, ...]:
     return (*names, "GMAC", "params", "images/s", f"{ra} - {base}", f"RA worst - {base}")
 
 
-def has_auto_attack(block: Block) -> bool:
+def has_auto_attack(block: ReportBlock) -> bool:
     """Tell whether a run of the block knows its accuracy under AutoAttack."""
     return any(row.share("test/ra_aa") for row in block.rows)
 
 
-def cells(block: Block, row: Row) -> tuple[str, ...]:
+def cells(block: ReportBlock, row: ResultRow) -> tuple[str, ...]:
     """Write a row: percent, with the standard deviation over seeds where there are several."""
     shares = ["test/sa", block.ra, "test/ra_worst"]
     shares += ["test/ra_aa"] if has_auto_attack(block) else []
@@ -68,7 +68,7 @@ def points(gain: Difference | None) -> str:
     return f"{100 * gain.value:+.1f} ({ends}){MARK[gain.over]}"
 
 
-def foot(blocks: Sequence[Block], left_out: Mapping[str, int]) -> list[str]:
+def foot(blocks: Sequence[ReportBlock], left_out: Mapping[str, int]) -> list[str]:
     """Say how the numbers came about, what differs, and what is not in them."""
     lines = [
         "Percent of test images, mean and standard deviation over n seeds; cost of one route, "
@@ -97,7 +97,7 @@ def foot(blocks: Sequence[Block], left_out: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def as_text(blocks: Sequence[Block], left_out: Mapping[str, int]) -> str:
+def as_text(blocks: Sequence[ReportBlock], left_out: Mapping[str, int]) -> str:
     """Lay out all blocks for a terminal or a log."""
     parts = [
         f"{block.title}\n{block.described()}\n"
@@ -107,7 +107,7 @@ def as_text(blocks: Sequence[Block], left_out: Mapping[str, int]) -> str:
     return "\n\n".join([*parts, "\n".join(foot(blocks, left_out))])
 
 
-def as_markdown(blocks: Sequence[Block], left_out: Mapping[str, int], picture: str) -> str:
+def as_markdown(blocks: Sequence[ReportBlock], left_out: Mapping[str, int], picture: str) -> str:
     """Write all blocks as Markdown, with the plot."""
     parts = []
     for block in blocks:
@@ -120,7 +120,7 @@ def as_markdown(blocks: Sequence[Block], left_out: Mapping[str, int], picture: s
     return "\n\n".join([*parts, f"![Robust accuracy over cost]({picture})", notes]) + "\n"
 
 
-def write_csv(blocks: Sequence[Block], path: Path) -> None:
+def write_csv(blocks: Sequence[ReportBlock], path: Path) -> None:
     """Write every row with full precision: shares and differences as fractions of 1."""
     shares = {"sa": "test/sa", "ra": "", "ra_worst": "test/ra_worst", "ra_aa": "test/ra_aa"}
     ends = ("mean", "std", "low", "high")

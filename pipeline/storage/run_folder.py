@@ -96,7 +96,7 @@ def locked(folder: Path, say: Callable[[str], None], patience: float) -> Iterato
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a folder, so that a run can begin anew under its name; None: there was none."""
+    """Rename a folder, so that a run can start over under its name; None: there was none."""
     if not folder.exists():
         return None
     aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,4 +1,4 @@
-"""Write the answer of a sweep anew: ``python -m pipeline.sweep PARENT|latest [key=value ...]``."""
+"""Write the answer of a sweep again: ``python -m pipeline.sweep PARENT|latest [key=value ...]``."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.report.chart import spread
-from pipeline.report.grouping import Row
+from pipeline.report.grouping import ResultRow
 from pipeline.report.runs import number
 from pipeline.report.statistics import difference
 from pipeline.report.tables import FOOT, points
@@ -38,7 +38,7 @@ class Ablation:
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     metrics: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ def ablation_of(sweep: Sweep, compared: Sequence[Trial]) -> Ablation | None:
     for trial in compared:
         groups.setdefault(taken[trial.number], []).append(trial)
     ordered = sorted(groups, key=lambda value: [in_order(text) for text in value])
-    rows = tuple(Row("", "", tuple(t.run for t in groups[value])) for value in ordered)
+    rows = tuple(ResultRow("", "", tuple(t.run for t in groups[value])) for value in ordered)
     named = [" / ".join(map(shown, keys, value)) for value in ordered]
     metrics = columns_of("val", compared)
     return Ablation(tuple(keys), tuple(named), rows, tuple(metrics), apart(rows, keys))
@@ -76,7 +76,7 @@ def in_order(text: str) -> tuple[int, float, str]:
     return (0, value, "") if isinstance(value, float) else (1, 0.0, text)
 
 
-def apart(rows: Sequence[Row], keys: Sequence[str]) -> tuple[str, ...]:
+def apart(rows: Sequence[ResultRow], keys: Sequence[str]) -> tuple[str, ...]:
     """Name the settings in which the trials differ though the sweep did not search them."""
     runs = [run for row in rows for run in row.runs]
     names = sorted({key for run in runs for key in run.settings} - set(keys))

@@ -18,8 +18,8 @@ from pipeline.distributed.worker_group import cause
 from pipeline.storage.run_folder import check_lasting, owned, set_aside, shown
 from pipeline.tune.finalists import judge_finalists
 from pipeline.tune.search import next_point
-from pipeline.tune.sweep_request import Request, prospect, read_request
-from pipeline.tune.trial_log import Book, Entry
+from pipeline.tune.sweep_request import SweepRequest, prospect, read_request
+from pipeline.tune.trial_log import TrialLog, TrialRecord
 from pipeline.tune.tuner import drive, reached, words
 from tune_spaces import SPACES
 
@@ -43,7 +43,7 @@ is larger than before.
   finalists=N             members of the front that are judged on the test split (default: 1)
   key=value               any setting, as in pipeline.train; a key of the space is then not searched
   --dry-run  print the points and what they cost, start nothing
-  --fresh    begin anew; what an earlier sweep left is kept under another name
+  --fresh    start over; what an earlier sweep left is kept under another name
   --list     the spaces; with SPACE: its keys
 """
 Say = Callable[[str], None]
@@ -92,7 +92,7 @@ def show_spaces(names: tuple[str, ...], say: Say) -> int:
     return 0
 
 
-def show_points(request: Request, say: Say) -> int:
+def show_points(request: SweepRequest, say: Say) -> int:
     """Print the trials with what an image costs them; Optuna's as if nothing were known yet."""
     for index in range(request.samples):
         point = next_point(request, index, [])
@@ -104,22 +104,22 @@ def show_points(request: Request, say: Say) -> int:
     return 0
 
 
-def carry_out(request: Request, follower: Follower) -> int:
+def carry_out(request: SweepRequest, follower: Follower) -> int:
     """Run the trials that are left, judge the finalists, draw the answer; returns the exit code."""
-    book, status, say = Book(request), "failed", follower.say
+    log, status, say = TrialLog(request), "failed", follower.say
     say(
         f"{request.folder.name}: {request.samples} trials of {request.name} on {request.preset}, "
-        f"{request.samples - book.left} done before; {shown(request.folder)}"
+        f"{request.samples - log.left} done before; {shown(request.folder)}"
     )
     try:
-        if book.left:
-            run_trials(book, say)
+        if log.left:
+            run_trials(log, say)
         else:
-            book.begin()
+            log.begin()
         with stoppable():  # Ray has handlers of its own, whose last one is gone with it
-            judge_finalists(book, follower)
-            answer(book, say)
-        status = "failed" if failed(book) else "finished"
+            judge_finalists(log, follower)
+            answer(log, say)
+        status = "failed" if failed(log) else "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
     except ValueError:  # bad input, said by whoever found it
@@ -128,28 +128,28 @@ def carry_out(request: Request, follower: Follower) -> int:
         return fail(cause(error), 1)
     finally:
         follower.close()
-        sent = book.close(status)
-    if book.entries:
-        say(outcome(book))
-        say(f"run {book.tracker.run_id}; see it with: {book.tracker.ui_hint()}")
+        sent = log.close(status)
+    if log.entries:
+        say(outcome(log))
+        say(f"run {log.tracker.run_id}; see it with: {log.tracker.ui_hint()}")
     if not sent:
         say("warning: MLflow does not have everything yet; the same command sends it")
-    return conclude(book, status)
+    return conclude(log, status)
 
 
-def run_trials(book: Book, say: Say) -> None:
+def run_trials(log: TrialLog, say: Say) -> None:
     """Run trials in one Ray: that of ``RAY_ADDRESS``, or one that ends with them."""
-    request = book.request
+    request = log.request
     check = partial(room, request=request)
     with ray_cluster(request.base, check, dashboard=True), stoppable():
         slots, gpus = places(request)
         unit = f"{slots * request.base.workers} {'GPU' if gpus else 'CPU'}(s)"
-        say(f"{book.left} to run, {slots} at a time on {unit}")
-        book.begin()
-        drive(book, slots, gpus=gpus, say=say)
+        say(f"{log.left} to run, {slots} at a time on {unit}")
+        log.begin()
+        drive(log, slots, gpus=gpus, say=say)
 
 
-def room(config: Config, request: Request) -> None:
+def room(config: Config, request: SweepRequest) -> None:
     """Check that a trial, and as many at a time as are wanted, have room in the cluster.
 
     Raises:
@@ -165,7 +165,7 @@ def room(config: Config, request: Request) -> None:
         )
 
 
-def places(request: Request) -> tuple[int, bool]:
+def places(request: SweepRequest) -> tuple[int, bool]:
     """Count how many trials run at a time, and whether their workers have GPUs."""
     has, workers = capacity(), request.base.workers
     gpus = has.get("GPU", 0) >= workers  # as pipeline.train chooses
@@ -173,47 +173,47 @@ def places(request: Request) -> tuple[int, bool]:
     return min(most, request.concurrent or most), gpus
 
 
-def answer(book: Book, say: Say) -> None:
+def answer(log: TrialLog, say: Say) -> None:
     """Draw the front and the rest of the answer from what MLflow has, and log it there."""
     from pipeline.sweep import write_answer
 
-    if not (run := book.tracker.run_id) or book.tracker.problem:
+    if not (run := log.tracker.run_id) or log.tracker.problem:
         say("warning: MLflow is away, so no answer is drawn; the same command draws it")
         return
     try:
-        written = write_answer(run, book.folder / "answer", book.request.base.tracking_uri or None)
+        written = write_answer(run, log.folder / "answer", log.request.base.tracking_uri or None)
     except ConnectionError as error:
         say(f"warning: no answer is drawn: {error}; the same command draws it")
         return
-    book.tracker.upload(book.folder, [str(path.relative_to(book.folder)) for path in written])
+    log.tracker.upload(log.folder, [str(path.relative_to(log.folder)) for path in written])
     for path in written:
         say(f"answer: {shown(path)}")
 
 
-def outcome(book: Book) -> str:
+def outcome(log: TrialLog) -> str:
     """Lay out how the trials ended."""
     rows = [("trial", "ended", "validation images", "point")]
-    for entry in book.entries:
+    for entry in log.entries:
         told = reached(entry.metrics) if "val/sa" in entry.metrics else entry.reason
         rows.append((entry.trial, entry.status, told, words(entry.point)))
     return aligned(rows, left=4)
 
 
-def failed(book: Book) -> list[Entry]:
+def failed(log: TrialLog) -> list[TrialRecord]:
     """List the trials that failed."""
-    return [entry for entry in book.entries if entry.status == "failed"]
+    return [entry for entry in log.entries if entry.status == "failed"]
 
 
-def conclude(book: Book, status: str) -> int:
+def conclude(log: TrialLog, status: str) -> int:
     """Say what is missing; returns the exit code."""
-    for entry in failed(book):
+    for entry in failed(log):
         print(f"failed: [{entry.trial}] {entry.reason}", file=sys.stderr)
     if status == "preempted":
-        left = f"{book.left} trial(s)" if book.left else "finalists and answer"
+        left = f"{log.left} trial(s)" if log.left else "finalists and answer"
         return fail(f"stopped; {left} left, which the same command continues", PREEMPTED)
-    if broken := failed(book):
+    if broken := failed(log):
         return fail(
-            f"{len(broken)} of {len(book.entries)} trials failed; the same command tries again", 1
+            f"{len(broken)} of {len(log.entries)} trials failed; the same command tries again", 1
         )
     return 0
 

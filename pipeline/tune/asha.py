@@ -8,14 +8,14 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipeline.tune.sweep_request import Request
+from pipeline.tune.sweep_request import SweepRequest
 
 Report = tuple[str, int, float]
 """A trial, how many epochs it has trained, and the watched metric there."""
 
 
 class Unkept:
-    """A part of a sweep that leaves nothing in Tune's snapshots: the book is what is kept.
+    """A part of a sweep that leaves nothing in Tune's snapshots: the log is what is kept.
 
     It holds threads and open files, which no pickle takes.
     """
@@ -27,8 +27,8 @@ class Unkept:
 class Halving(Unkept, FIFOScheduler):  # type: ignore[misc]
     """Stops trials that fall behind (asynchronous successive halving, arXiv:1810.05934).
 
-    Decisions are Ray's ``ASHAScheduler``'s, whose trials are named as in the book: Tune names a
-    trial anew when a sweep goes on, and ASHA would take it for another. Nothing is stopped after
+    Decisions are Ray's ``ASHAScheduler``'s, whose trials are named as in the log: Tune names a
+    trial again when a sweep goes on, and ASHA would take it for another. Nothing is stopped after
     its last epoch, which would only save the judging of a model that is trained.
 
     Args:
@@ -40,7 +40,7 @@ class Halving(Unkept, FIFOScheduler):  # type: ignore[misc]
 
     def __init__(
         self,
-        request: Request,
+        request: SweepRequest,
         before: Iterable[Report],
         note: Callable[[Report], None],
         stop: Callable[[str, int], None],

@@ -10,18 +10,18 @@ from pipeline.distributed.sharded_evaluation import shards
 from pipeline.evaluation.evaluator import examine
 from pipeline.evaluation.find_model import origin
 from pipeline.evaluation.model_card import write_report
-from pipeline.evaluation.plan import open_ledger, plan_jobs, read_plan
+from pipeline.evaluation.plan import open_outcome_cache, plan_jobs, read_plan
 from pipeline.sweep.pareto import undominated
-from pipeline.tracking.runs import open_run
-from pipeline.tune.trial_log import Book, Entry
+from pipeline.tracking.open_run import open_run
+from pipeline.tune.trial_log import TrialLog, TrialRecord
 
 TIER = "standard"
 
 
-def front(book: Book) -> list[Entry]:
+def front(log: TrialLog) -> list[TrialRecord]:
     """List the finished trials that none beats, by the second objective: the most robust first."""
-    aims = book.request.space.objectives
-    done = [entry for entry in book.entries if entry.status == "finished"]
+    aims = log.request.space.objectives
+    done = [entry for entry in log.entries if entry.status == "finished"]
     whole = [entry for entry in done if all(name in entry.metrics for name, _ in aims)]
     signs = {"max": 1.0, "min": -1.0}
     points = [[signs[mode] * entry.metrics[name] for name, mode in aims] for entry in whole]
@@ -30,33 +30,33 @@ def front(book: Book) -> list[Entry]:
     return sorted(best, key=lambda entry: signs[mode] * entry.metrics[name], reverse=True)
 
 
-def judge_finalists(book: Book, follower: Follower) -> None:
+def judge_finalists(log: TrialLog, follower: Follower) -> None:
     """Put the first of the front through the standard tier on the test split, each once.
 
     What is found becomes ``test/*`` of the trial's own run. Outcomes are kept image by image: a
     process that was killed goes on.
     """
-    for entry in front(book)[: book.request.finalists]:
+    for entry in front(log)[: log.request.finalists]:
         if "test/ra_worst" in entry.metrics:
             continue
         follower.say(f"[{entry.trial}] on the test split, {TIER} tier")
-        entry.metrics |= judge(book, entry, follower)
-        book.write()
+        entry.metrics |= judge(log, entry, follower)
+        log.write()
 
 
-def judge(book: Book, entry: Entry, follower: Follower) -> dict[str, float]:
+def judge(log: TrialLog, entry: TrialRecord, follower: Follower) -> dict[str, float]:
     """Attack the test images of one trial's model; return what is found."""
-    folder = book.request.trial_folder(entry.trial)
+    folder = log.request.trial_folder(entry.trial)
     best = folder / "checkpoints" / "best"
     config, plan = checkpoint.load_config(best), read_plan({"tier": TIER})
     config = override(config, {"workers": 1})
     splits, model = config.dataset.load(config.seed), checkpoint.load_model(best)
     jobs = plan_jobs(config, splits.test, plan)
-    store = open_ledger(config, origin(config, best), splits.test)
+    store = open_outcome_cache(config, origin(config, best), splits.test)
     results = shards(config, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
     found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
-    follower.results(f"{book.request.name}-{entry.trial}, test split", found.metrics)
+    follower.results(f"{log.request.name}-{entry.trial}, test split", found.metrics)
     follower.verdict(found.verdict)
     tracker = open_run(config, folder, {"judged": TIER})
     home = folder / "judged"

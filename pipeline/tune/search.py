@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.seeding import seed_of
-from pipeline.tune.sweep_request import Request
+from pipeline.tune.sweep_request import SweepRequest
 
 Known = tuple[Mapping[str, Any], Mapping[str, float] | None]
 """A point, and its metrics; None while it runs, or if nothing came of it."""
 Point = dict[str, Any]
 
 
-def next_point(request: Request, index: int, known: Iterable[Known]) -> Point:
+def next_point(request: SweepRequest, index: int, known: Iterable[Known]) -> Point:
     """Choose the point of the trial with this number."""
     if request.search == "grid":
         names, values = list(request.grid), list(request.grid.values())
@@ -29,10 +29,10 @@ def next_point(request: Request, index: int, known: Iterable[Known]) -> Point:
     return {key: plain(domain.sample(random_state=draws)) for key, domain in request.keys.items()}
 
 
-def suggested(request: Request, seed: int, known: Iterable[Known]) -> Point:
+def suggested(request: SweepRequest, seed: int, known: Iterable[Known]) -> Point:
     """Ask Optuna's multi-objective TPE (arXiv:2304.11127), told all that is known.
 
-    The study is made anew from the book each time, and its sampler seeded by the trial's number:
+    The study is made again from the log each time, and its sampler seeded by the trial's number:
     nothing has to be saved, and a sweep that goes on suggests what it would have. The first ten
     points are random. Trials that still run count as poor (the constant liar), which keeps two at
     a time apart.

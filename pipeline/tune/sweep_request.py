@@ -31,7 +31,7 @@ SCHEDULERS = ("asha", "none")
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """A sweep.
 
     Attributes:
@@ -106,7 +106,7 @@ class Prospect:
     reason: str = ""
 
 
-def prospect(request: Request, trial: str, point: Mapping[str, Any]) -> Prospect:
+def prospect(request: SweepRequest, trial: str, point: Mapping[str, Any]) -> Prospect:
     """Look whether a point can be run: valid settings, a channel in every layer, not too dear."""
     try:
         config = request.config(trial, point)
@@ -125,7 +125,7 @@ def prospect(request: Request, trial: str, point: Mapping[str, Any]) -> Prospect
     return Prospect(config, found)
 
 
-def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> Request:
+def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> SweepRequest:
     """Make the sweep that a command line asks for.
 
     Raises:
@@ -154,7 +154,7 @@ def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> Request
         raise ValueError(f"no key {lacking[0]!r} in {preset}, which space {name} searches")
     if not keys:
         raise ValueError(f"nothing to search: every key of space {name} is given a value")
-    return Request(name, space, preset, base, keys, **limits(space, keys, own))
+    return SweepRequest(name, space, preset, base, keys, **limits(space, keys, own))
 
 
 def limits(space: Space, keys: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

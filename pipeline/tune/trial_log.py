@@ -10,12 +10,12 @@ from typing import Any
 
 from pipeline.config.overrides import flatten
 from pipeline.tracking import Tracker, end_abandoned, send_rest
+from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
 from pipeline.tracking.queries import PARENT
-from pipeline.tracking.runs import commit
 from pipeline.tune.asha import Report
 from pipeline.tune.search import Known, next_point
-from pipeline.tune.sweep_request import Prospect, Request, prospect
+from pipeline.tune.sweep_request import Prospect, SweepRequest, prospect
 
 KIND = "robust_moe.kind"  # tag of a run that is the parent of a sweep's trials
 OVER = ("finished", "stopped", "infeasible")
@@ -23,7 +23,7 @@ SPLIT = "validation"  # whose images the trials are compared on
 
 
 @dataclass
-class Entry:
+class TrialRecord:
     """One trial: ``running``, ``finished``, ``stopped`` early, ``infeasible``, ``failed`` or
     ``preempted``, and why."""
 
@@ -41,7 +41,7 @@ class Entry:
         return self.status in OVER
 
 
-class Book:
+class TrialLog:
     """Keeps the trials of a sweep; the sweep's process alone writes it, and talks to MLflow.
 
     Attributes:
@@ -49,9 +49,9 @@ class Book:
         reports: What the scheduler was told, in its order.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: SweepRequest):
         self.request, self.folder = request, request.folder
-        self.entries: list[Entry] = []
+        self.entries: list[TrialRecord] = []
         self.reports: list[Report] = []
         self.halted: dict[str, int] = {}
         self._open: dict[str, Tracker] = {}
@@ -61,7 +61,7 @@ class Book:
             kept = json.loads((self.folder / "trials.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        self.entries = [Entry(**entry) for entry in kept["trials"]]
+        self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
         self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
 
     @property
@@ -125,7 +125,7 @@ class Book:
         """Write a point as the parameters of a run, whether or not there is such a run."""
         return {key: str(value) for key, value in {**flatten(self.request.base), **point}.items()}
 
-    def next(self) -> Entry | None:
+    def next(self) -> TrialRecord | None:
         """Return the next trial to run, those of an earlier process first; None: there is none.
 
         Points that cannot be run are noted, with the reason, on the way.
@@ -138,7 +138,7 @@ class Book:
             self.end(entry.trial, "infeasible", found.reason)
         return None
 
-    def turn(self) -> Entry | None:
+    def turn(self) -> TrialRecord | None:
         """Return the trial whose turn it is, with a new point if need be."""
         for entry in self.entries:
             tried = entry.trial in self._began  # what fails now waits for the next process
@@ -146,10 +146,12 @@ class Book:
                 return entry
         if (index := len(self.entries)) >= self.request.samples:
             return None
-        self.entries.append(Entry(f"{index:03d}", next_point(self.request, index, self.known())))
+        self.entries.append(
+            TrialRecord(f"{index:03d}", next_point(self.request, index, self.known()))
+        )
         return self.entries[-1]
 
-    def start(self, entry: Entry, found: Prospect) -> None:
+    def start(self, entry: TrialRecord, found: Prospect) -> None:
         """Open or continue the MLflow run of a trial, and tell it what its net costs."""
         config, folder = found.config, self.request.trial_folder(entry.trial)
         parent = self.tracker.run_id
@@ -172,7 +174,7 @@ class Book:
         entry.metrics |= found.costs
         self.write()
 
-    def entry(self, trial: str) -> Entry:
+    def entry(self, trial: str) -> TrialRecord:
         """Find a trial."""
         return self.entries[int(trial)]
 
@@ -198,7 +200,7 @@ class Book:
             self.start(self.entry(trial), prospect(self.request, trial, self.entry(trial).point))
             self.end(trial, "stopped", f"by ASHA after epoch {epoch}")
 
-    def end(self, trial: str, status: str, reason: str = "") -> Entry:
+    def end(self, trial: str, status: str, reason: str = "") -> TrialRecord:
         """Note the end of a trial, and end its MLflow run."""
         entry, tracker = self.entry(trial), self._open.pop(trial)
         entry.status, entry.reason = status, reason

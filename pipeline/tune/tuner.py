@@ -17,15 +17,15 @@ from pipeline.config import read
 from pipeline.config.overrides import flatten
 from pipeline.distributed.worker_group import cause, make_trainer
 from pipeline.tune.asha import Halving, Unkept
-from pipeline.tune.trial_log import Book, Entry
+from pipeline.tune.trial_log import TrialLog, TrialRecord
 
 HEAD = {"node:__internal_head__": 0.001}
 """What a trial's own process takes: no CPU, which its workers would wait for in vain."""
-POLL = 0.3  # seconds between two looks into the mailbox
+POLL = 0.3  # seconds between two looks into the queue
 Say = Callable[[str], None]
 
 
-def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str, Any]:
+def attempt(config: Mapping[str, Any], *, queue: Any, gpus: bool) -> dict[str, Any]:
     """Train one trial; what its workers report at the end of an epoch goes to Tune.
 
     An error that would come again is an event, not an exception: Tune would try once more.
@@ -36,7 +36,7 @@ def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str,
     trainer = make_trainer(
         settings,
         Path(config["folder"]),
-        mailbox,
+        queue,
         int(settings.workers),
         gpus=gpus,
         callbacks=[TuneReportCallback()],
@@ -47,50 +47,50 @@ def attempt(config: Mapping[str, Any], *, mailbox: Any, gpus: bool) -> dict[str,
 
 
 class Chooser(Unkept, Searcher):  # type: ignore[misc]
-    """Hands Tune the trials of the book."""
+    """Hands Tune the trials of the log."""
 
-    def __init__(self, book: Book, say: Say):
+    def __init__(self, log: TrialLog, say: Say):
         super().__init__(metric=None, mode=None)
-        self.book, self.say = book, say
+        self.log, self.say = log, say
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's settings."""
-        before = len(self.book.entries)
-        entry = self.book.next()
-        for passed in self.book.entries[before:]:
+        before = len(self.log.entries)
+        entry = self.log.next()
+        for passed in self.log.entries[before:]:
             if passed.status == "infeasible":
                 self.say(f"[{passed.trial}] infeasible: {passed.reason}")
         if entry is None:
             return Searcher.FINISHED
         self.say(f"[{entry.trial}] {words(entry.point)}")
-        return as_told(self.book, entry)
+        return as_told(self.log, entry)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Do nothing: the book knows."""
+        """Do nothing: the log knows."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the book is saved."""
+        """Save nothing: the log is saved."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: the book is read."""
+        """Restore nothing: the log is read."""
 
 
-def as_told(book: Book, entry: Entry) -> dict[str, Any]:
+def as_told(log: TrialLog, entry: TrialRecord) -> dict[str, Any]:
     """Write down what a trial's process needs to know."""
     return {
         "trial": entry.trial,
-        "config": flatten(book.request.config(entry.trial, entry.point)),
-        "folder": str(book.request.trial_folder(entry.trial)),
+        "config": flatten(log.request.config(entry.trial, entry.point)),
+        "folder": str(log.request.trial_folder(entry.trial)),
     }
 
 
 class Course(Unkept, tune.Callback):  # type: ignore[misc]
-    """Follows the trials from Tune's own loop: events to MLflow, ends to the book."""
+    """Follows the trials from Tune's own loop: events to MLflow, ends to the log."""
 
-    def __init__(self, book: Book, mailbox: Any, say: Say):
-        self.book, self.mailbox, self.say = book, mailbox, say
+    def __init__(self, log: TrialLog, queue: Any, say: Say):
+        self.log, self.queue, self.say = log, queue, say
         self.endings: dict[str, Mapping[str, Any]] = {}
         self.last = 0.0
 
@@ -101,8 +101,8 @@ class Course(Unkept, tune.Callback):  # type: ignore[misc]
 
     def take(self) -> None:
         """Hand on what the workers have sent."""
-        for event in ray.get(self.mailbox.take.remote()):
-            self.book.handle(event)
+        for event in ray.get(self.queue.take.remote()):
+            self.log.handle(event)
             if event["kind"] in ("finished", "failed"):
                 self.endings[event["trial"]] = event
             if event["kind"] in ("epoch", "warning", "resumed"):
@@ -114,51 +114,51 @@ class Course(Unkept, tune.Callback):  # type: ignore[misc]
         name = str(trial.config["trial"])
         self.take()
         ending = self.endings.get(name, {"kind": "failed", "text": "ended without a result"})
-        if name in self.book.halted:
-            reason = f"by ASHA after epoch {self.book.halted[name]}"
-            self.tell(self.book.end(name, "stopped", reason))
+        if name in self.log.halted:
+            reason = f"by ASHA after epoch {self.log.halted[name]}"
+            self.tell(self.log.end(name, "stopped", reason))
         elif ending["kind"] == "finished":
-            self.tell(self.book.end(name, "finished"))
+            self.tell(self.log.end(name, "finished"))
         else:
-            self.tell(self.book.end(name, "failed", str(ending["text"])))
+            self.tell(self.log.end(name, "failed", str(ending["text"])))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note why a trial failed."""
         name = str(trial.config["trial"])
         self.take()
         error = trial.get_error()
-        self.tell(self.book.end(name, "failed", cause(error) if error else "unknown"))
+        self.tell(self.log.end(name, "failed", cause(error) if error else "unknown"))
 
-    def tell(self, entry: Entry) -> None:
+    def tell(self, entry: TrialRecord) -> None:
         """Say how a trial ended."""
         told = entry.reason or reached(entry.metrics)
         self.say(f"[{entry.trial}] {entry.status} after {span(entry.seconds)}: {told}")
 
 
-def drive(book: Book, slots: int, *, gpus: bool, say: Say) -> None:
+def drive(log: TrialLog, slots: int, *, gpus: bool, say: Say) -> None:
     """Run the trials that are left, at most so many at a time, in the Ray that is joined."""
-    from pipeline.distributed.events import open_mailbox
+    from pipeline.distributed.events import open_event_queue
 
     scheduler: Any = FIFOScheduler()
-    if book.request.scheduler == "asha":
-        scheduler = Halving(book.request, list(book.reports), book.note, book.halt)
-    mailbox = open_mailbox()
-    told = tune.with_parameters(attempt, mailbox=mailbox, gpus=gpus)
+    if log.request.scheduler == "asha":
+        scheduler = Halving(log.request, list(log.reports), log.note, log.halt)
+    queue = open_event_queue()
+    told = tune.with_parameters(attempt, queue=queue, gpus=gpus)
     tune.Tuner(
         tune.with_resources(told, HEAD),
         tune_config=tune.TuneConfig(
-            num_samples=max(1, book.left),
+            num_samples=max(1, log.left),
             max_concurrent_trials=slots,
-            search_alg=Chooser(book, say),
+            search_alg=Chooser(log, say),
             scheduler=scheduler,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name=f"tune-{int(time.time())}",
-            storage_path=str(book.folder / "ray"),
+            storage_path=str(log.folder / "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[Course(book, mailbox, say)],
+            callbacks=[Course(log, queue, say)],
             verbose=0,
         ),
     ).fit()

@@ -19,7 +19,7 @@ from pipeline.cli.arguments import read_arguments
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 FILES = sorted(path for path in CLUSTER.iterdir() if path.is_file())
-TEXTS = [*FILES, ROOT / ".rayignore", ROOT / "SECURITY.md"]
+TEXTS = [*FILES, ROOT / ".rayignore", ROOT / "docs" / "SECURITY.md"]
 MANIFESTS = [path for path in FILES if path.suffix == ".yaml"]
 LAUNCHER = ("ray-cluster.yaml", "ray-on-prem.yaml")
 SAID = {  # variables that the manifests may ask for: ours, Ray's, MLflow's, of the servers

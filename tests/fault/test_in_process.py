@@ -17,7 +17,7 @@ from moe.network import Network
 from pipeline import checkpoint, loop
 from pipeline.checkpoint import CheckpointError
 from pipeline.config.overrides import flatten
-from pipeline.context import Session, Wish
+from pipeline.context import Session, Signal
 from pipeline.loop import NonFiniteError, RoomError, Stopped
 from tests.fault.faults import (
     ROOT,
@@ -181,7 +181,6 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from pipeline import final
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import read
 from pipeline.loop import fit
@@ -221,12 +220,12 @@ def test_limit_on_the_size_of_files_does_the_same(tmp_path: Path, straight: Path
 class Asked:
     """Is asked for something at one update; remembers that it was asked whether a node goes."""
 
-    def __init__(self, wish: Wish, update: int):
-        self.wanted, self.left, self.looks = wish, update, 0
+    def __init__(self, signal: Signal, update: int):
+        self.wanted, self.left, self.looks = signal, update, 0
 
-    def wish(self) -> Wish:
+    def signal(self) -> Signal:
         self.left -= 1
-        return self.wanted if self.left == 0 else Wish.NONE
+        return self.wanted if self.left == 0 else Signal.NONE
 
     def notice(self) -> bool:
         self.looks += 1
@@ -237,9 +236,9 @@ class Asked:
 def test_stop_makes_a_checkpoint_of_that_very_update(
     tmp_path: Path, straight: Path, update: int
 ) -> None:
-    asked = Asked(Wish.STOP, update)
+    asked = Asked(Signal.STOP, update)
     with pytest.raises(Stopped, match=r"stopped after epoch \d, update \d"):
-        run(TINY, tmp_path, wish=asked.wish)
+        run(TINY, tmp_path, signal=asked.signal)
     assert steps(tmp_path)[-1] == update
     assert_goes_on(tmp_path, straight)
 
@@ -247,13 +246,13 @@ def test_stop_makes_a_checkpoint_of_that_very_update(
 def test_notice_makes_a_checkpoint_of_that_update_and_the_run_goes_on(
     tmp_path: Path, straight: Path
 ) -> None:
-    asked = Asked(Wish.LOOK, 6)
+    asked = Asked(Signal.LOOK, 6)
     seen: list[list[int]] = []
     run(
         TINY,
         tmp_path,
         after("progress", 7, lambda: seen.append(steps(tmp_path))),
-        wish=asked.wish,
+        signal=asked.signal,
         notice=asked.notice,
     )
     assert asked.looks == 1
@@ -262,8 +261,8 @@ def test_notice_makes_a_checkpoint_of_that_update_and_the_run_goes_on(
 
 
 def test_nobody_looks_for_notices_unasked(tmp_path: Path) -> None:
-    asked = Asked(Wish.SAVE, 2)
+    asked = Asked(Signal.SAVE, 2)
     with pytest.raises(StopError):
-        run(TINY, tmp_path, after("progress", 3, die), wish=asked.wish, notice=asked.notice)
+        run(TINY, tmp_path, after("progress", 3, die), signal=asked.signal, notice=asked.notice)
     assert (asked.looks, steps(tmp_path)) == (0, [2])
-    assert Session().asked() is Wish.NONE
+    assert Session().asked() is Signal.NONE

@@ -1,4 +1,5 @@
-"""Two Ray workers on a stream: ``ROBUST_MOE_DATA=... python -m tests.helpers.stream_speed [key=value]``.
+"""Two Ray workers on a stream: ``ROBUST_MOE_DATA=... python -m tests.helpers.stream_speed
+[key=value]``.
 
 Each image's crop is made a second time, without the stream, and every epoch must consist of these,
 each once. Then images/s of the stream alone, of training on batches that are there, and of both,

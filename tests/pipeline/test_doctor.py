@@ -146,7 +146,7 @@ def test_too_many_workers_and_a_folder_that_cannot_be_written_are_named(head: He
     failed = {name for name, line in lines.items() if line.startswith("FAIL ")}
     assert failed == {"resources", "storage"}
     assert "workers must be at most the cluster's 2 CPUs, got 99" in lines["resources"]
-    assert "mend: workers=2" in lines["resources"]
+    assert "fix: workers=2" in lines["resources"]
     assert "cannot be written: Not a directory" in lines["storage"]
 
 
@@ -211,18 +211,18 @@ def tracked(uri: str) -> doctor.Finding:
 
 
 def test_mlflow_that_answers_is_good_and_one_that_refuses_the_host_is_mended(mlflow: int) -> None:
-    assert tracked(f"http://localhost:{mlflow}").mend == ""
+    assert tracked(f"http://localhost:{mlflow}").fix == ""
     refused = tracked(f"http://127.0.0.1:{mlflow}")
     assert "status 403" in refused.text
-    assert '--allowed-hosts "127.0.0.1:*' in refused.mend
+    assert '--allowed-hosts "127.0.0.1:*' in refused.fix
 
 
 def test_mlflow_that_is_away_or_is_another_server_is_told(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     assert "no answer" in tracked(f"http://127.0.0.1:{port}").text
-    assert "port reachable" in tracked(f"http://127.0.0.1:{port}").mend
-    assert tracked(f"sqlite:///{tmp_path}/mlflow.db").mend == ""
-    assert "make" in tracked(f"sqlite:///{tmp_path}/nowhere/mlflow.db").mend
+    assert "port reachable" in tracked(f"http://127.0.0.1:{port}").fix
+    assert tracked(f"sqlite:///{tmp_path}/mlflow.db").fix == ""
+    assert "make" in tracked(f"sqlite:///{tmp_path}/nowhere/mlflow.db").fix
 
 
 def test_password_of_mlflow_is_in_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("address", "mode", "token", "mend"),
+    ("address", "mode", "token", "fix"),
     [
         ("", "", False, ""),
         ("http://10.0.0.1:8265", "token", True, ""),
@@ -289,18 +289,18 @@ def test_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
     ],
 )
 def test_authentication_is_judged_by_address_mode_and_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, mode: str, token: bool, mend: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, mode: str, token: bool, fix: str
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64 if token else "")
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     finding = doctor.authentication(address)
-    assert mend in finding.mend
-    assert bool(finding.mend) == bool(mend)
+    assert fix in finding.fix
+    assert bool(finding.fix) == bool(fix)
     assert "a" * 64 not in str(finding)
 
 
 def test_versions_are_those_of_this_environment() -> None:
     finding = doctor.versions()
-    assert finding.mend == ""
+    assert finding.fix == ""
     assert f"python {sys.version_info.major}.{sys.version_info.minor}" in finding.text

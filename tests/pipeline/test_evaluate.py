@@ -19,6 +19,7 @@ from pipeline.attacks.pgd import PGD
 from pipeline.checkpoint import load_config, load_model
 from pipeline.config.overrides import override
 from pipeline.data.augmentation import to_float
+from pipeline.evaluation import plan
 from pipeline.measures import Transfer
 from pipeline.presets import PRESETS
 from pipeline.seeding import ImageNoise
@@ -283,10 +284,10 @@ def test_source_of_other_classes_is_refused(
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
     for options in ({"tier": "full"}, {"measure": "ra_square"}):
         with pytest.raises(ValueError, match="needs the package pyautoattack: pip install"):
-            evaluate.read_plan(options)
-    standard = evaluate.read_plan({"tier": "standard"}).tier.measures
+            plan.read_plan(options)
+    standard = plan.read_plan({"tier": "standard"}).tier.measures
     assert "ra_square" not in standard
     assert "ra_apgd_t" in standard

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline import train
+from pipeline.distributed import events
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -213,14 +214,14 @@ def same_to_the_bit(ours: dict[str, object], theirs: dict[str, object]) -> None:
         assert tensor.equal(theirs[name]), name  # type: ignore[attr-defined]
 
 
-def test_events_survive_a_mailbox_that_answers_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_survive_a_queue_that_answers_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with too much to do an answer outlives the driver's patience."""
     import ray
 
     answers = [ray.exceptions.GetTimeoutError(), [{"kind": "finished"}], []]
     asked: list[int] = []
 
-    class Mailbox:
+    class EventQueue:
         class take:  # noqa: N801
             @staticmethod
             def remote() -> int:
@@ -235,7 +236,7 @@ def test_events_survive_a_mailbox_that_answers_late(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ray, "get", get)
     handled: list[dict[str, str]] = []
-    with train.delivering(Mailbox, handled.append):
+    with events.delivering(EventQueue, handled.append):
         while not handled:
             time.sleep(0.01)
     assert handled == [{"kind": "finished"}]

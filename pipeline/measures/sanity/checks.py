@@ -62,7 +62,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Seen:
+class CheckResult:
     """What one check saw: a number, the bound it must keep, and both in words."""
 
     ok: bool
@@ -76,7 +76,7 @@ def points(images: float, n: int) -> float:
     return 100 * images / n
 
 
-def excess(weaker_N: Tensor, stronger_N: Tensor, bound: float, words: str) -> Seen:
+def excess(weaker_N: Tensor, stronger_N: Tensor, bound: float, words: str) -> CheckResult:
     """Compare two attacks: the stronger must not leave more standing, by ``bound`` points.
 
     Args:
@@ -85,7 +85,7 @@ def excess(weaker_N: Tensor, stronger_N: Tensor, bound: float, words: str) -> Se
     n, more = len(weaker_N), int(stronger_N.sum()) - int(weaker_N.sum())
     shares = [points(int(hits.sum()), n) for hits in (stronger_N, weaker_N)]
     text = f"{words.format(*(f'{share:.1f}%' for share in shares))} ({n} images)"
-    return Seen(not exceeds(more, n, bound), points(more, n), bound, text)
+    return CheckResult(not exceeds(more, n, bound), points(more, n), bound, text)
 
 
 def exceeds(images: float, n: int, bound: float) -> bool:
@@ -93,41 +93,45 @@ def exceeds(images: float, n: int, bound: float) -> bool:
     return images >= FEW and points(images, n) > bound
 
 
-def logits(e: Evidence) -> Seen | None:
+def logits(e: Evidence) -> CheckResult | None:
     """Outputs are logits: a softmax hides gradients from every loss that takes logits."""
     if e.facts is None:
         return None
     off = e.facts.probability
-    return Seen(off > NORMALIZED, off, NORMALIZED, f"outputs are {off:.2g} from a distribution")
+    return CheckResult(
+        off > NORMALIZED, off, NORMALIZED, f"outputs are {off:.2g} from a distribution"
+    )
 
 
-def deterministic(e: Evidence) -> Seen | None:
+def deterministic(e: Evidence) -> CheckResult | None:
     """The same batch twice gives the same outputs and routes."""
     if e.facts is None:
         return None
     moved = e.facts.repeat
-    return Seen(moved <= REPEATED, moved, REPEATED, f"logits differ by {moved:.2g} sd if repeated")
+    return CheckResult(
+        moved <= REPEATED, moved, REPEATED, f"logits differ by {moved:.2g} sd if repeated"
+    )
 
 
-def batch(e: Evidence) -> Seen | None:
+def batch(e: Evidence) -> CheckResult | None:
     """An image is judged alike alone, in a batch, and in another order."""
     if e.facts is None:
         return None
     moved, flipped = e.facts.batch, e.facts.flipped
     text = f"logits alone or reordered differ by {moved:.2g} sd, {flipped} class(es) change"
-    return Seen(moved <= BATCHED and not flipped, moved, BATCHED, text)
+    return CheckResult(moved <= BATCHED and not flipped, moved, BATCHED, text)
 
 
-def gradients(e: Evidence) -> Seen | None:
+def gradients(e: Evidence) -> CheckResult | None:
     """Input gradients of the cross-entropy are finite and not zero."""
     if (fine := e.probes.get("gradients")) is None:
         return None
     n, bad = len(fine), int((~fine).sum())
     text = f"{bad} of {n} input gradients are zero or not finite"
-    return Seen(not exceeds(bad, n, 0.1), points(bad, n), 0.1, text)
+    return CheckResult(not exceeds(bad, n, 0.1), points(bad, n), 0.1, text)
 
 
-def in_ball(e: Evidence) -> Seen | None:
+def in_ball(e: Evidence) -> CheckResult | None:
     """Attacked images lie within eps of the clean ones, and in [0, 1]."""
     seen = {name: outcome for name, outcome in e.outcomes.items() if name != "sa"}
     if not seen:
@@ -141,10 +145,10 @@ def in_ball(e: Evidence) -> Seen | None:
     worst = max(far, key=lambda name: far[name] if far[name] == far[name] else float("inf"))
     text = f"{worst} moves an image by {far[worst]:.6g} of eps {e.threat.eps:.6g}"
     text += f"; {outside} image(s) outside [0, 1] or not finite"
-    return Seen(far[worst] <= bound and not outside, far[worst], bound, text)
+    return CheckResult(far[worst] <= bound and not outside, far[worst], bound, text)
 
 
-def eps_zero(e: Evidence) -> Seen | None:
+def eps_zero(e: Evidence) -> CheckResult | None:
     """RA at eps=0 equals SA."""
     if (robust := e.probes.get("eps 0")) is None:
         return None
@@ -152,22 +156,22 @@ def eps_zero(e: Evidence) -> Seen | None:
     differ = int((robust != clean).sum())
     shares = [points(int(hits.sum()), n) for hits in (robust, clean)]
     text = f"RA at eps=0 is {shares[0]:.1f}%, SA {shares[1]:.1f}% ({n} images)"
-    return Seen(differ == 0, points(differ, n), 0.0, text)
+    return CheckResult(differ == 0, points(differ, n), 0.0, text)
 
 
-def falls_with_eps(e: Evidence) -> Seen | None:
+def falls_with_eps(e: Evidence) -> CheckResult | None:
     """RA does not rise with eps, by 0.1 points from any radius to the next."""
     names = [at_eps(e.threat, factor) for factor in FACTORS]
     return _falls([name for name in names if name in e.probes], e)
 
 
-def falls_with_steps(e: Evidence) -> Seen | None:
+def falls_with_steps(e: Evidence) -> CheckResult | None:
     """RA does not rise with steps, by 0.1 points."""
     names = [name for name in e.probes if name.startswith("steps ")]
     return _falls(sorted(names, key=lambda name: int(name.split()[1])), e)
 
 
-def _falls(names: list[str], e: Evidence) -> Seen | None:
+def _falls(names: list[str], e: Evidence) -> CheckResult | None:
     found = [
         excess(e.probes[a], e.probes[b], 0.1, f"RA is {{0}} at {b} and {{1}} at {a}")
         for a, b in pairwise(names)
@@ -175,7 +179,7 @@ def _falls(names: list[str], e: Evidence) -> Seen | None:
     return max(found, key=lambda seen: seen.value, default=None)
 
 
-def converged(e: Evidence) -> Seen | None:
+def converged(e: Evidence) -> CheckResult | None:
     """Four times the steps change RA by less than 0.5 points."""
     names = [f"steps {factor * e.threat.steps}" for factor in (1, 4)]
     if any(name not in e.probes for name in names):
@@ -184,7 +188,7 @@ def converged(e: Evidence) -> Seen | None:
     return excess(many, few, 0.5, f"RA is {{0}} at {names[0]} and {{1}} at {names[1]}")
 
 
-def single_step(e: Evidence) -> Seen | None:
+def single_step(e: Evidence) -> CheckResult | None:
     """Many steps are at least as strong as one."""
     if (single := e.probes.get("single")) is None:
         return None
@@ -192,7 +196,7 @@ def single_step(e: Evidence) -> Seen | None:
     return excess(single, many, 0.1, f"RA is {{0}} at {e.threat.steps} steps and {{1}} at one")
 
 
-def noise(e: Evidence) -> Seen | None:
+def noise(e: Evidence) -> CheckResult | None:
     """Random noise is weaker than the attack."""
     if (still := e.probes.get("noise")) is None:
         return None
@@ -200,16 +204,16 @@ def noise(e: Evidence) -> Seen | None:
     return excess(still, many, 0.0, "RA is {0} under PGD and {1} under noise")
 
 
-def unbounded(e: Evidence) -> Seen | None:
+def unbounded(e: Evidence) -> CheckResult | None:
     """An attack that may do anything leaves no more than a guess would."""
     if (far := e.probes.get("unbounded")) is None:
         return None
     n, hits, guess = len(far), int(far.sum()), 1 / e.num_classes
     text = f"RA at eps=0.5 is {points(hits, n):.1f}%, a guess {100 * guess:.1f}% ({n} images)"
-    return Seen(not exceeds(hits - guess * n, n, 0.0), points(hits, n), 100 * guess, text)
+    return CheckResult(not exceeds(hits - guess * n, n, 0.0), points(hits, n), 100 * guess, text)
 
 
-def black_box(e: Evidence) -> Seen | None:
+def black_box(e: Evidence) -> CheckResult | None:
     """Attacks without gradients break next to nothing that gradients do not."""
     black = [e.correct[name] for name in BLACK_BOX if name in e.correct]
     both = (*BLACK_BOX, "ra_aa")  # AutoAttack has a Square of its own
@@ -219,19 +223,19 @@ def black_box(e: Evidence) -> Seen | None:
     black_N, white_N = torch.stack(black).all(0), torch.stack(white).all(0)
     won, n = int((white_N & ~black_N).sum()), len(white_N)
     text = f"black-box attacks alone break {won} of {n} images"
-    return Seen(not exceeds(won, n, 0.2), points(won, n), 0.2, text)
+    return CheckResult(not exceeds(won, n, 0.2), points(won, n), 0.2, text)
 
 
-def planted(e: Evidence) -> Seen | None:
+def planted(e: Evidence) -> CheckResult | None:
     """The attack finds adversarial points that were planted (binarization test)."""
     if e.planted is None:
         return None
     missed, n = int(e.planted.sum()), len(e.planted)
     text = f"{missed} of {n} planted adversarial points were missed"
-    return Seen(not exceeds(missed, n, 5.0), points(missed, n), 5.0, text)
+    return CheckResult(not exceeds(missed, n, 5.0), points(missed, n), 5.0, text)
 
 
-def gap(e: Evidence) -> Seen | None:
+def gap(e: Evidence) -> CheckResult | None:
     """The plain number is at most 2 points above the worst case."""
     if e.worst_N is None or e.plain not in e.correct:
         return None
@@ -244,7 +248,7 @@ def gap(e: Evidence) -> Seen | None:
     text += f" {shares[1]:.1f}%"
     if exceeds(over, n, 2.0):
         text += f": {e.plain} alone flatters this model, quote ra_worst; broken by {_who(e)}"
-    return Seen(not exceeds(over, n, 2.0), points(over, n), 2.0, text)
+    return CheckResult(not exceeds(over, n, 2.0), points(over, n), 2.0, text)
 
 
 def _who(e: Evidence) -> str:
@@ -258,7 +262,7 @@ def _who(e: Evidence) -> str:
     return f"{name} ({left[name]} images)"
 
 
-def plausible(e: Evidence) -> Seen | None:
+def plausible(e: Evidence) -> CheckResult | None:
     """RA is not 2 points above the best public one, unless the full tier says so."""
     if e.reference is None or e.worst_N is None:
         return None
@@ -267,4 +271,4 @@ def plausible(e: Evidence) -> Seen | None:
     text = f"RA {points(hits, n):.1f}% (interval from {low:.1f}%), best public {best:.2f}% "
     text += f"({e.reference.backbone}, {e.reference.dataset})"
     ok = low <= best + 2 or e.tier == "full"
-    return Seen(ok, points(hits, n), best + 2, text)
+    return CheckResult(ok, points(hits, n), best + 2, text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.measures.sanity import checks
-from pipeline.measures.sanity.checks import Evidence, Seen
+from pipeline.measures.sanity.checks import CheckResult, Evidence
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Check:
 STEADY = ("deterministic", "batch")
 SOUND = ("logits", *STEADY, "gradients")
 STRONG = (*SOUND, "noise", "single_step", "black_box")
-CHECKS: dict[str, tuple[Callable[[Evidence], Seen | None], tuple[str, ...]]] = {
+CHECKS: dict[str, tuple[Callable[[Evidence], CheckResult | None], tuple[str, ...]]] = {
     "logits": (checks.logits, ()),
     "deterministic": (checks.deterministic, ()),
     "batch": (checks.batch, ("deterministic",)),

@@ -17,7 +17,7 @@ from moe.certification.lipschitz_bounds import NoBoundError
 from moe.certification.margin_floor import floor_radius, margin_floor
 from moe.certification.radii import (
     Constants,
-    Seen,
+    MixtureOutputs,
     Status,
     constants,
     look,
@@ -78,7 +78,7 @@ def images(count: int, seed: int = 1) -> Tensor:
     return torch.rand(count, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
 
 
-def proven(model: Network, x_BCHW: Tensor) -> tuple[Constants, Seen, Tensor]:
+def proven(model: Network, x_BCHW: Tensor) -> tuple[Constants, MixtureOutputs, Tensor]:
     found = constants(model, x_BCHW[:1])
     with torch.no_grad():
         return found, look(model, x_BCHW, found.top_k), model(x_BCHW).logits.argmax(1)
@@ -262,7 +262,7 @@ def test_floor_bounds_the_margin_of_every_image_nearby(kind: str, mix: Any) -> N
     model, x_BCHW = mixture(kind, mix=mix), images(60)
     found, seen, y_B = proven(model, x_BCHW)
 
-    def mixed_margin(x: Tensor, seen: Seen) -> Tensor:
+    def mixed_margin(x: Tensor, seen: MixtureOutputs) -> Tensor:
         outputs = seen.logits_BEK if found.top_k == 1 else seen.outputs(found.mix)
         margin_BK = (seen.gates_BE[:, :, None] * margins(outputs, y_B)).sum(1)
         return margin_BK.scatter(1, y_B[:, None], math.inf).amin(1)

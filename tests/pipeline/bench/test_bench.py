@@ -21,7 +21,7 @@ from pipeline.bench.__main__ import run
 from pipeline.bench.autoattack import median_radius
 from pipeline.bench.masked import masked
 from pipeline.bench.plain import plain_adv_moe, plain_attack, plain_trades
-from pipeline.bench.race import Benchmark, Outcome, Variant, race
+from pipeline.bench.race import Benchmark, RaceResult, Variant, race
 from pipeline.bench.settings import Settings, read_settings
 from pipeline.bench.step import disagreement, restart, training_state
 from pipeline.bench.whole_pipeline import run_config
@@ -323,6 +323,6 @@ def test_race_counts_gradients_of_images_alone(build: Any) -> None:
 
 
 def test_speedup_is_the_median_of_the_turns_own_ratios() -> None:
-    outcome = Outcome(seconds={"ours": [1.0, 1.0, 9.0], "slow": [2.0, 3.0, 36.0]})
+    outcome = RaceResult(seconds={"ours": [1.0, 1.0, 9.0], "slow": [2.0, 3.0, 36.0]})
     assert outcome.speedup("ours", "slow") == 3.0
     assert outcome.median("slow") == 3.0

@@ -20,7 +20,7 @@ from moe.network import Network
 from pipeline import checkpoint
 from pipeline.algorithms.standard import Standard
 from pipeline.certify import __main__ as command_of_certify
-from pipeline.certify.certificates import ROUTE_HOLDS, Found, prove, smooth, table
+from pipeline.certify.certificates import ROUTE_HOLDS, CertificateResult, prove, smooth, table
 from pipeline.config import Config
 from pipeline.data.synthetic import Synthetic
 from pipeline.optimization.norm_bound import bound_norms
@@ -188,7 +188,7 @@ def test_smoothing_of_one_image_does_not_depend_on_the_others_behind_it(deep: Pa
 def test_certified_accuracy_counts_what_is_right_and_far_enough() -> None:
     radius_N = torch.tensor([0.0, 0.01, 0.02, 0.0, math.inf]).double()
     status = (Status.WRONG, *[Status.CERTIFIED] * 2, Status.NOT_APPLICABLE, Status.CERTIFIED)
-    found = Found("linf", radius_N, status)
+    found = CertificateResult("linf", radius_N, status)
     assert found.stands(0) == 4
     assert found.stands(0.01) == 2
     assert found.stands(1) == 1

@@ -12,7 +12,7 @@ from pipeline import end_of_run, loop
 from pipeline.config import Config, read
 from pipeline.config.overrides import flatten, override
 from pipeline.config.worker_range import Elastic, counts, ends, read_workers
-from pipeline.context import Session, Wish
+from pipeline.context import Session, Signal
 from pipeline.data.splits import Images, Share
 from pipeline.distributed.preflight import shortage
 from pipeline.loop import Stopped, fit
@@ -105,9 +105,9 @@ class Asked:
     def __init__(self, updates: int):
         self.left = updates
 
-    def wish(self) -> Wish:
+    def signal(self) -> Signal:
         self.left -= 1
-        return Wish.STOP if self.left <= 0 else Wish.NONE
+        return Signal.STOP if self.left <= 0 else Signal.NONE
 
 
 def logged(folder: Path, name: str) -> None:
@@ -131,7 +131,7 @@ def two_of_three_updates(rank: int, folder: str) -> None:
     """Two workers, one of whom is asked to stop, after the third update."""
     torch.set_num_threads(1)
     logged(Path(folder), f"pair{rank}")
-    session = Session(rank=rank, world=2, wish=Asked(3 if rank == 0 else 1).wish)
+    session = Session(rank=rank, world=2, signal=Asked(3 if rank == 0 else 1).signal)
     try:
         fit(override(Config(), SMALL), Path(folder) / "run", session)
     except Stopped as stop:

@@ -17,7 +17,7 @@ from pipeline.attacks.pgd import PGD, Draw
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
 from pipeline.evaluation.evaluator import Job, cascaded, waterfall
-from pipeline.evaluation.outcome_cache import Ledger, digest_of_images, identity
+from pipeline.evaluation.outcome_cache import OutcomeCache, digest_of_images, identity
 from pipeline.measures import MEASURES, Evaluation, Transfer
 from pipeline.measures.base import Attacked
 from pipeline.measures.gradient_attack import WhiteBox
@@ -30,8 +30,8 @@ ATTACK = PGD(eps=0.01, step_size=0.0025, steps=4)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path, "w" * 64, "context")
+def cache(tmp_path: Path) -> OutcomeCache:
+    return OutcomeCache(tmp_path, "w" * 64, "context")
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def assert_same(one: Verdicts, other: Verdicts) -> None:
 
 @pytest.mark.parametrize("scope", ["shared", "per_layer"])
 def test_what_was_attacked_is_not_attacked_again(
-    build: Callable[..., Network], ledger: Ledger, scope: str
+    build: Callable[..., Network], cache: OutcomeCache, scope: str
 ) -> None:
     model = build(ratio=0.125, router_scope=scope)
     images, measure = split(model), Counted(ATTACK)
-    first = judged(model, images, {"ra": measure}, store=ledger)
-    again = judged(model, images, {"ra": measure}, store=ledger)
+    first = judged(model, images, {"ra": measure}, store=cache)
+    again = judged(model, images, {"ra": measure}, store=cache)
     assert measure.calls == [4, 4, 4]
     assert (first.efforts["ra"].attacked, first.efforts["ra"].reused) == (12, 0)
     assert (again.efforts["ra"].attacked, again.efforts["ra"].reused) == (0, 12)
@@ -92,40 +92,44 @@ def test_what_was_attacked_is_not_attacked_again(
     assert_same(first, judged(model, images, {"ra": Counted(ATTACK)}))
 
 
-def test_attack_that_broke_down_goes_on_where_it_was(mixture: Network, ledger: Ledger) -> None:
+def test_attack_that_broke_down_goes_on_where_it_was(mixture: Network, cache: OutcomeCache) -> None:
     images = split(mixture)
     with pytest.raises(InterruptedError):
-        judged(mixture, images, {"ra": Counted(ATTACK, fails_at=3)}, store=ledger)
+        judged(mixture, images, {"ra": Counted(ATTACK, fails_at=3)}, store=cache)
     rest = Counted(ATTACK)
-    found = judged(mixture, images, {"ra": rest}, store=ledger)
+    found = judged(mixture, images, {"ra": rest}, store=cache)
     assert rest.calls == [4]
     assert found.efforts["ra"].reused == 8
     assert_same(found, judged(mixture, images, {"ra": Counted(ATTACK)}))
 
 
-def test_images_of_a_smaller_set_are_not_attacked_again(mixture: Network, ledger: Ledger) -> None:
+def test_images_of_a_smaller_set_are_not_attacked_again(
+    mixture: Network, cache: OutcomeCache
+) -> None:
     images, rows = split(mixture), torch.tensor([1, 5, 6, 10])
-    few = judged(mixture, images.pick(rows), {"ra": Counted(ATTACK)}, ids_N=rows, store=ledger)
+    few = judged(mixture, images.pick(rows), {"ra": Counted(ATTACK)}, ids_N=rows, store=cache)
     rest = Counted(ATTACK)
-    every = judged(mixture, images, {"ra": rest}, store=ledger)
+    every = judged(mixture, images, {"ra": rest}, store=cache)
     assert sum(rest.calls) == 8
     assert torch.equal(every.correct["ra"][rows], few.correct["ra"]), "numbers keep their starts"
     assert_same(every, judged(mixture, images, {"ra": Counted(ATTACK)}))
 
 
-def test_half_written_part_is_as_if_it_were_not_there(mixture: Network, ledger: Ledger) -> None:
+def test_half_written_part_is_as_if_it_were_not_there(
+    mixture: Network, cache: OutcomeCache
+) -> None:
     images, measure = split(mixture), Counted(ATTACK)
-    judged(mixture, images, {"ra": measure}, store=ledger)
-    home = ledger.home(measure)
+    judged(mixture, images, {"ra": measure}, store=cache)
+    home = cache.home(measure)
     part = next(home.glob("*.parquet"))
     part.rename(home / f".{part.stem}")
-    assert judged(mixture, images, {"ra": measure}, store=ledger).efforts["ra"].reused == 8
+    assert judged(mixture, images, {"ra": measure}, store=cache).efforts["ra"].reused == 8
 
 
 def test_whatever_decides_an_outcome_parts_the_folders(tmp_path: Path) -> None:
     measure = WhiteBox(attack=ATTACK)
     homes = {
-        Ledger(tmp_path, weights, context).home(made)
+        OutcomeCache(tmp_path, weights, context).home(made)
         for weights in ("1" * 64, "2" * 64)
         for context in ("seed 0", "seed 1")
         for made in (
@@ -155,10 +159,10 @@ def test_source_of_a_transferred_attack_is_part_of_its_name(build: Callable[...,
     assert name != identity(Transfer(source=other, attack=ATTACK))
 
 
-def test_same_attack_under_another_name_is_known(mixture: Network, ledger: Ledger) -> None:
+def test_same_attack_under_another_name_is_known(mixture: Network, cache: OutcomeCache) -> None:
     images = split(mixture)
-    judged(mixture, images, {"ra_pgd4": Counted(ATTACK)}, store=ledger)
-    again = judged(mixture, images, {"steps 4": Counted(ATTACK)}, store=ledger)
+    judged(mixture, images, {"ra_pgd4": Counted(ATTACK)}, store=cache)
+    again = judged(mixture, images, {"steps 4": Counted(ATTACK)}, store=cache)
     assert again.efforts["steps 4"].reused == 12
 
 

@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.config.overrides import flatten
 from pipeline.grid import scheduler
 from pipeline.grid.__main__ import run as grid
-from pipeline.grid.cell_log import Entry
+from pipeline.grid.cell_log import CellRecord
 from pipeline.grid.grid_request import read_request
 from pipeline.presets import PRESETS, headline, label
 from pipeline.presets.paper_grid import RADII, ROWS, cell, cells, costs, held, offered
@@ -313,10 +313,10 @@ OBEDIENT = (  # a cell that says when it is there, and how it was ended
 
 
 class Notes:
-    """A book without MLflow: which cells were stopped, and how many there are."""
+    """A log without MLflow: which cells were stopped, and how many there are."""
 
     def __init__(self, configs: tuple[Config, ...]):
-        self.entries = [Entry(c.name, c.seed, c.fingerprint, "") for c in configs]
+        self.entries = [CellRecord(c.name, c.seed, c.fingerprint, "") for c in configs]
         self.stops: list[int] = []
 
     def stopped(self, place: int) -> None:
@@ -327,7 +327,7 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = read_request({"backbone": "small", "dataset": "digits", "seed": "0,1,2"})
-    book = Notes(request.configs)
+    log = Notes(request.configs)
     started: list[scheduler.Running] = []
 
     def start(_: Any, place: int, address: str) -> scheduler.Running:
@@ -348,10 +348,10 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
     monkeypatch.setattr(scheduler, "start", start)
     monkeypatch.setattr(scheduler.time, "sleep", interrupt_once_all_are_there)
     with pytest.raises(KeyboardInterrupt):
-        scheduler.drive(book, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
+        scheduler.drive(log, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
     assert [run.log.read_text() for run in started] == ["stopped", "stopped"]
     assert [run.process.poll() for run in started] == [1, 1]
-    assert book.stops == [0, 1]
+    assert log.stops == [0, 1]
 
 
 class Ends(Notes):
@@ -361,7 +361,7 @@ class Ends(Notes):
         super().__init__(configs)
         self.codes: list[tuple[int, int]] = []
 
-    def ended(self, place: int, code: int, reason: str, seconds: float) -> Entry:
+    def ended(self, place: int, code: int, reason: str, seconds: float) -> CellRecord:
         self.codes.append((place, code))
         self.entries[place].status = "finished" if code == 0 else "preempted"
         return self.entries[place]
@@ -372,7 +372,7 @@ def test_a_cell_that_lost_its_place_goes_on_behind_the_others_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: int, tries: int
 ) -> None:
     request = read_request({"backbone": "small", "dataset": "digits", "seed": "0,1"})
-    book, starts = Ends(request.configs), list[int]()
+    log, starts = Ends(request.configs), list[int]()
     room = iter([0, 1, 1, 1, 1, 1, 1, 1])  # never more than one at a time, and never none
 
     def start(_: Any, place: int, address: str) -> scheduler.Running:
@@ -385,7 +385,7 @@ def test_a_cell_that_lost_its_place_goes_on_behind_the_others_a_few_times(
 
     monkeypatch.setattr(scheduler, "start", start)
     scheduler.drive(
-        book,  # type: ignore[arg-type]
+        log,  # type: ignore[arg-type]
         [0, 1],
         2,
         address="",
@@ -393,7 +393,7 @@ def test_a_cell_that_lost_its_place_goes_on_behind_the_others_a_few_times(
         room=lambda: next(room, 1),
     )
     assert starts == [0, 1] + [0] * (tries - 1)
-    assert book.codes == list(
+    assert log.codes == list(
         zip(starts, [75, 0, *[75] * (tries - 2), 0 if tries == 2 else 75], strict=True)
     )
 

@@ -437,7 +437,7 @@ def test_proxy_without_its_server_loses_nothing(tmp_path: Path, database: str, c
 def test_known_run_stays_known_while_a_proxy_answers_not_found(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """404 must not look like a deleted run: nothing is made anew unless the server can make it."""
+    """404 must not look like a deleted run: nothing is made again unless the server can make it."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -21,15 +21,15 @@ from pipeline.tune.__main__ import run as sweep
 from pipeline.tune.asha import Halving
 from pipeline.tune.finalists import front
 from pipeline.tune.search import next_point
-from pipeline.tune.sweep_request import Request, prospect, read_request
-from pipeline.tune.trial_log import Book, Entry
+from pipeline.tune.sweep_request import SweepRequest, prospect, read_request
+from pipeline.tune.trial_log import TrialLog, TrialRecord
 from tests.fault.faults import WORDS, Command
 from tune_spaces import SPACES
 
 NAMES = ("adv_moe", "quickstart")
 
 
-def request(*words: str, names: tuple[str, ...] = NAMES) -> Request:
+def request(*words: str, names: tuple[str, ...] = NAMES) -> SweepRequest:
     return read_request(names, dict(word.split("=", 1) for word in words))
 
 
@@ -98,7 +98,7 @@ def test_random_points_follow_from_the_seed_and_the_number_alone() -> None:
     assert next_point(one, 3, []) == next_point(one, 3, [({}, None)])
     assert next_point(one, 3, []) != next_point(one, 4, [])
     assert next_point(one, 3, []) != next_point(other, 3, [])
-    json.dumps(next_point(one, 3, []))  # plain numbers: they are kept in the book
+    json.dumps(next_point(one, 3, []))  # plain numbers: they are kept in the log
 
 
 def test_a_grid_is_walked_through_once() -> None:
@@ -186,13 +186,13 @@ def test_a_scheduler_that_is_told_again_decides_as_if_it_had_not_been_away(cut: 
 
 
 def test_finalists_are_the_front_the_most_robust_first(tmp_path: Path) -> None:
-    book = Book(request(f"storage={tmp_path}"))
+    log = TrialLog(request(f"storage={tmp_path}"))
     rows = [(0.9, 0.1, 1.0), (0.5, 0.5, 1.0), (0.4, 0.4, 1.0), (0.4, 0.4, 0.5), (0.9, 0.9, 0.1)]
     for place, (sa, worst, gmac) in enumerate(rows):
         metrics = {"val/sa": sa, "val/ra_worst": worst, "cost/gmac": gmac}
         status = "finished" if place < 4 else "stopped"
-        book.entries.append(Entry(f"{place:03d}", {}, status, metrics=metrics))
-    assert [entry.trial for entry in front(book)] == ["001", "003", "000"]
+        log.entries.append(TrialRecord(f"{place:03d}", {}, status, metrics=metrics))
+    assert [entry.trial for entry in front(log)] == ["001", "003", "000"]
 
 
 def test_lists_and_dry_runs_start_nothing(
@@ -285,7 +285,7 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
     def one_is_done_and_another_runs() -> bool:
         try:
             trials = book_of(command.home)["trials"]
-        except ValueError:  # no book yet
+        except ValueError:  # no log yet
             return False
         statuses = [trial["status"] for trial in trials]
         return "running" in statuses and bool({"finished", "stopped"} & set(statuses))
@@ -299,8 +299,8 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
 
     code, out = command.run("pipeline.tune", *SWEEP)
     assert code == 0, out
-    book = book_of(command.home)
-    after = {trial["trial"]: trial for trial in book["trials"]}
+    log = book_of(command.home)
+    after = {trial["trial"]: trial for trial in log["trials"]}
     assert list(after) == [f"{number:03d}" for number in range(6)]
     for name, trial in before.items():
         assert after[name]["point"] == trial["point"]
@@ -320,7 +320,7 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
         name: [p.value for p in client.get_metric_history(run.info.run_id, "val/ra")]
         for name, run in children.items()
     }
-    reports = [(str(n), int(e), float(v)) for n, e, v in book["reports"]]
+    reports = [(str(n), int(e), float(v)) for n, e, v in log["reports"]]
     assert all(watched[name][epoch - 1] == value for name, epoch, value in reports)
     expected = stops(reports, 2, grace=1, reduction=2)
     assert {n for n, status in statuses.items() if status == "stopped"} == set(expected)
