@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.cli.arguments import read_arguments
+from pipeline.grid.grid_request import read_request
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -330,11 +331,10 @@ def test_ray_job_has_the_shape_that_kuberay_takes() -> None:
 
 
 def test_entrypoint_of_the_job_is_a_command_that_the_grid_takes() -> None:
-    request = pytest.importorskip("pipeline.grid.request")
     words = ray_job()["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "pipeline.grid"]
     given = read_arguments(words[3:], usage="", most_names=0)
-    assert request.read_request(given.settings).configs
+    assert read_request(given.settings).configs
 
 
 def test_upload_leaves_out_data_results_and_secrets() -> None:

@@ -100,7 +100,8 @@ def test_journal_drops_a_torn_last_line_at_any_byte(tmp_path: Path) -> None:
 
 def test_journal_survives_a_killed_writer(tmp_path: Path) -> None:
     code = (
-        "import itertools, sys; from pathlib import Path; from pipeline.journal import Journal\n"
+        "import itertools, sys; from pathlib import Path\n"
+        "from pipeline.tracking.outbox import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for step in itertools.count(): journal.append(step, {'loss': 1.0})"
     )

@@ -397,7 +397,7 @@ from ray import tune
 from pipeline.config import override
 from pipeline.loop import fit
 from pipeline.presets import PRESETS
-from pipeline.tryout import tryout
+from pipeline.end_of_run import tryout
 from tune_spaces import SPACES
 from pathlib import Path
 import sys
