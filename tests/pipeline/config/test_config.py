@@ -205,10 +205,11 @@ def test_bad_value_is_refused_with_key_value_and_what_is_valid(
 
 @pytest.mark.parametrize("registry", ["dataset", "backbone", "algorithm", "algorithm.attack"])
 def test_unknown_component_is_refused_with_the_nearest_ones(registry: str) -> None:
-    with pytest.raises(ValueError, match=rf"no {registry} 'other'; nearest: ") as caught:
+    with pytest.raises(ValueError, match=rf"no {registry} 'other'") as caught:
         override(Config(), {registry: "other"})
-    for name in REGISTRIES[registry.rpartition(".")[2]]:
-        assert name in str(caught.value)
+    shown = str(caught.value).replace("nearest:", "only").partition("only ")[2].split(", ")
+    assert 0 < len(shown) <= 3
+    assert set(shown) <= set(REGISTRIES[registry.rpartition(".")[2]])
 
 
 def test_component_cannot_be_set_to_a_plain_value() -> None:
