@@ -40,8 +40,8 @@ def request(*words: str, names: tuple[str, ...] = NAMES) -> SweepRequest:
     ("words", "message"),
     [
         ("", "which space"),
-        ("adv", "no space 'adv', only adv_moe"),
-        ("adv_moe quick", "no preset 'quick', only quickstart"),
+        ("adv", "no space 'adv'; nearest: adv_moe"),
+        ("adv_moe quick", "no preset 'quick'; nearest: quickstart"),
         ("adv_moe quickstart num_samples=0", "num_samples must be at least 1, got 0"),
         ("adv_moe quickstart concurrent=0", "concurrent must be at least 1, got 0"),
         ("adv_moe quickstart finalists=-1", "finalists must be at least 0, got -1"),
