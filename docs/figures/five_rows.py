@@ -39,8 +39,6 @@ def draw() -> None:
             share = gmac / table["AT (Dense)"][0]
             spread = [[mean - low], [high - mean]]
             shift = 1.04 if name in ("AT (Sparse)", "AdvMoE") else 1.0  # equal costs
-                name, 1.0
-            )  # equal costs, side by side
             axis.errorbar(share * shift, mean, spread, fmt="o", capsize=3, color=colour, label=name)
         axis.set(xscale="log", title=title, xlabel="multiply-accumulates over the dense net's")
         axis.grid(alpha=0.25)
