@@ -1,4 +1,4 @@
-"""A model as one traceable graph: pixels to logits, for ``torch.export`` and for serving.
+"""Traceable forms of a model for ``torch.export``: one graph, or a router and its pathways.
 
 Shapes: B images, C channels in, D channels out, E experts, R kernel side, HW and PQ image sides,
 K classes.
@@ -7,6 +7,8 @@ K classes.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,53 @@ def exportable(model: Network) -> nn.Module:
 
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
+    return _LogitsAlone(exportable_with_route(model)).eval()
+
+
+def exportable_with_route(model: Network) -> nn.Module:
+    """Copy a model as ``exportable`` does, to a module that returns logits (B, K) and the route."""
     return _traceable(copy.deepcopy(fold(model))).eval()
+
+
+def exportable_parts(model: Network) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Split a model into routers and pathways, and say how they make up the whole again.
+
+    Each part maps pixels (B, 3, H, W) to scores (B, E) or logits (B, K) and holds plain
+    convolutions only, so that a large batch that is sorted by expert costs what one pathway costs
+    per image. ``moe.exported_model.ExportedModel`` puts the parts together.
+
+    Returns:
+        The parts by name, and a tree of JSON values whose leaves are these names.
+
+    Raises:
+        ValueError: Every layer routes for itself, so that no image has one pathway.
+    """
+    parts: dict[str, nn.Module] = {}
+    tree = _split(copy.deepcopy(fold(model)), "", parts)
+    return {name: part.eval() for name, part in parts.items()}, tree
+
+
+def _split(folded: Network, prefix: str, parts: dict[str, nn.Module]) -> dict[str, Any]:
+    if isinstance(folded, Dual):
+        halves = {"standard": folded.standard, "robust": folded.robust}
+        trees = {name: _split(half, f"{prefix}{name}_", parts) for name, half in halves.items()}
+        return {"kind": "dual", "alpha": folded.alpha, "mix": folded.mix, **trees}
+    if folded.num_layers:
+        raise ValueError("every layer routes for itself: an image has no single pathway")
+    tree: dict[str, Any] = {"kind": "network", "router": None}
+    if folded.router is not None:
+        tree["router"] = f"{prefix}router"
+        parts[tree["router"]] = nn.Sequential(copy.deepcopy(folded.normalize), folded.router)
+    pathways: list[nn.Module]
+    if isinstance(folded, Mixture):
+        pathways = [_LogitsAlone(_traceable(expert)) for expert in folded.experts]
+        settings = {"gate": folded.gate, "mix": folded.mix, "top_k": folded.top_k}
+        tree |= {"kind": "mixture", **settings}
+    else:
+        pathways = [_Pathway(folded, expert) for expert in range(folded.num_experts)]
+    names = [f"{prefix}expert_{expert}" for expert in range(len(pathways))]
+    parts.update(zip(names, pathways, strict=True))
+    return {**tree, "experts": names}
 
 
 def _traceable(folded: Network) -> nn.Module:
@@ -44,16 +92,58 @@ def _traceable(folded: Network) -> nn.Module:
     return _Classifier(folded, _gathered(folded.body))
 
 
+@dataclass
+class _Choice:
+    """Takes the place of the ``Routing`` that the layers of a ``Network`` hand on.
+
+    Attributes:
+        shared_B: Expert of each image, or None where every layer chooses or there is one expert.
+        layers: Choices (B,) of the layers that routed for themselves so far.
+    """
+
+    shared_B: Tensor | None = None
+    layers: list[Tensor] = field(default_factory=list)
+
+
+class _LogitsAlone(nn.Module):
+    """Drop the route from a classifier's outputs."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BK: Tensor = self.classifier(x_BCHW)[0]
+        return logits_BK
+
+
+class _Pathway(nn.Module):
+    """Normalize and classify by one expert of every mixture layer."""
+
+    def __init__(self, folded: Network, expert: int):
+        super().__init__()
+        self.normalize = copy.deepcopy(folded.normalize)
+        self.body = _gathered(copy.deepcopy(folded.body), expert)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BK: Tensor = self.body(self.normalize(x_BCHW), _Choice())
+        return logits_BK
+
+
 class _DualClassifier(nn.Module):
-    """Classify by both halves of a dual model, and mix."""
+    """Classify by both networks of a dual model, and mix."""
 
     def __init__(self, folded: Dual):
         super().__init__()
         self.standard, self.robust = _traceable(folded.standard), _traceable(folded.robust)
         self.alpha, self.mix = folded.alpha, folded.mix
+        self.robust_experts = folded.robust.num_experts
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return blend(self.standard(x_BCHW), self.robust(x_BCHW), self.alpha, self.mix)
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        standard_BK, standard_B = self.standard(x_BCHW)
+        robust_BK, robust_B = self.robust(x_BCHW)
+        logits_BK = blend(standard_BK, robust_BK, self.alpha, self.mix)
+        return logits_BK, standard_B * self.robust_experts + robust_B
 
 
 class _Classifier(nn.Module):
@@ -63,11 +153,15 @@ class _Classifier(nn.Module):
         super().__init__()
         self.normalize, self.router, self.body = folded.normalize, folded.router, body
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         x_BCHW = self.normalize(x_BCHW)
-        chosen_B = None if self.router is None else self.router(x_BCHW).argmax(1)
-        logits_BK: Tensor = self.body(x_BCHW, chosen_B)
-        return logits_BK
+        choice = _Choice(None if self.router is None else self.router(x_BCHW).argmax(1))
+        logits_BK: Tensor = self.body(x_BCHW, choice)
+        if choice.layers:
+            return logits_BK, torch.stack(choice.layers, 1)
+        if choice.shared_B is None:
+            return logits_BK, logits_BK.argmax(1) * 0  # a dense net's only expert
+        return logits_BK, choice.shared_B
 
 
 class _MixtureClassifier(nn.Module):
@@ -80,37 +174,43 @@ class _MixtureClassifier(nn.Module):
         self.experts = nn.ModuleList(_traceable(expert) for expert in folded.experts)
         self.gate, self.mix, self.top_k = folded.gate, folded.mix, folded.top_k
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         assert self.router is not None
         scores_BE = self.router(self.normalize(x_BCHW))
-        every_BEK = torch.stack([expert(x_BCHW) for expert in self.experts], 1)
+        every_BEK = torch.stack([expert(x_BCHW)[0] for expert in self.experts], 1)
         chosen_BC = best(scores_BE, self.top_k)
         classes = every_BEK.shape[2]
         logits_BCK = every_BEK.gather(1, chosen_BC[:, :, None].expand(-1, -1, classes))
-        return mixed(scores_BE.gather(1, chosen_BC), logits_BCK, self.gate, self.mix)
+        mixed_BK = mixed(scores_BE.gather(1, chosen_BC), logits_BCK, self.gate, self.mix)
+        return mixed_BK, chosen_BC[:, 0]
 
 
 class _GatheredConv(nn.Module):
     """A folded mixture convolution that runs each image's expert in a group of its own.
 
-    ``chosen_B`` takes the place of the routing that the layers of a ``Network`` hand on.
+    Args:
+        expert: Keep this one alone, for every image.
     """
 
-    def __init__(self, conv: MoEConv2d):
+    def __init__(self, conv: MoEConv2d, expert: int | None = None):
         super().__init__()
         self.stride, self.padding, self.gate = conv.stride, conv.padding, conv.gate
         filters = conv.weight_FCRR.shape[1:]
         weight_EDCRR = conv.weight_FCRR.view(conv.num_experts, -1, *filters)
+        if expert is not None:
+            weight_EDCRR = weight_EDCRR[expert : expert + 1].clone()
         self.register_buffer("weight_EDCRR", weight_EDCRR.contiguous())
         self.register_buffer("bias_D", conv.bias_D)
         self.weight_EDCRR: Tensor
         self.bias_D: Tensor | None  # none where no BatchNorm followed
 
-    def forward(self, x_BCHW: Tensor, chosen_B: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, choice: _Choice) -> Tensor:
         if len(self.weight_EDCRR) == 1:
             return F.conv2d(x_BCHW, self.weight_EDCRR[0], self.bias_D, self.stride, self.padding)
+        chosen_B = choice.shared_B
         if self.gate is not None:
             chosen_B = self.gate(x_BCHW).argmax(1)
+            choice.layers.append(chosen_B)
         images, _, height, width = x_BCHW.shape  # len(x_BCHW) would fix the traced batch size
         y_1FPQ = F.conv2d(
             x_BCHW.reshape(1, -1, height, width),
@@ -124,12 +224,12 @@ class _GatheredConv(nn.Module):
         return y_BDPQ if self.bias_D is None else y_BDPQ + self.bias_D.view(1, -1, 1, 1)
 
 
-def _gathered(module: nn.Module) -> nn.Module:
+def _gathered(module: nn.Module, expert: int | None = None) -> nn.Module:
     """Replace the mixture convolutions of a folded body, in place; return what replaces it."""
     if isinstance(module, ConvNorm) and isinstance(module.conv, MoEConv2d):
-        return _GatheredConv(module.conv)
+        return _GatheredConv(module.conv, expert)
     if isinstance(module, MoEConv2d):
-        return _GatheredConv(module)
+        return _GatheredConv(module, expert)
     for name, child in module.named_children():
-        setattr(module, name, _gathered(child))
+        setattr(module, name, _gathered(child, expert))
     return module

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.export import exportable
+from moe.export import exportable, exportable_parts, exportable_with_route
 from moe.network import Network
 
 NETS = {
@@ -102,3 +102,40 @@ def test_exported_net_spends_what_the_sorted_net_does(small: Network) -> None:
         return int(counter.get_total_flops())
 
     assert flops(exportable(small)) == flops(small)
+
+
+PARTS = {
+    "small, 3 experts": {"num_experts": 3, "ratio": 0.25},
+    "small, dense": {"num_experts": 1, "ratio": 0.25},
+    "wrn28_10": {"backbone": "wrn28_10", "size": 16, "ratio": 0.0625},
+    "mixture": {"backbone": "mixture", "num_experts": 3},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@torch.no_grad()
+def test_parts_give_the_scores_and_the_pathways_of_the_network(
+    build: Callable[..., Network], name: str
+) -> None:
+    model, size = build(**PARTS[name]), PARTS[name].get("size", 8)
+    parts, tree = exportable_parts(model)
+    x_BCHW = images(5, size)
+    if tree["router"] is not None:
+        same(parts[tree["router"]](x_BCHW), model(x_BCHW).router)
+    for expert, part in enumerate(tree["experts"]):
+        same(parts[part](x_BCHW), model.along(x_BCHW, torch.full((5,), expert)))
+
+
+def test_layers_that_route_have_no_pathways(build: Callable[..., Network]) -> None:
+    model = build(num_experts=2, router_scope="per_layer")
+    with pytest.raises(ValueError, match="every layer routes for itself"):
+        exportable_parts(model)
+
+
+@pytest.mark.parametrize("name", ["small, 3 experts", "small, per layer", "small, dense"])
+@torch.no_grad()
+def test_exportable_gives_the_route_where_it_is_asked(
+    build: Callable[..., Network], name: str
+) -> None:
+    model, x_BCHW = build(**NETS[name]), images(9, 8)
+    assert torch.equal(exportable_with_route(model)(x_BCHW)[1], model(x_BCHW).route)
