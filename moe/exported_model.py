@@ -67,7 +67,7 @@ class ExportedModel:
         side = self.config["image_size"]
         if x_BCHW.ndim != 4 or x_BCHW.shape[1:] != (3, side, side):
             raise ValueError(f"images must be (B, 3, {side}, {side}), got {tuple(x_BCHW.shape)}")
-        if len(x_BCHW) and not (0 <= x_BCHW.min() and x_BCHW.max() <= 1):  # NaN is refused too
+        if len(x_BCHW) and not (x_BCHW.min() >= 0 and x_BCHW.max() <= 1):  # NaN is refused too
             raise ValueError("pixels must be from 0 to 1")
         return self.run(x_BCHW)
 

@@ -1,0 +1,106 @@
+"""Export a trained model: ``python -m pipeline.export RUN [to=FOLDER] [form=a,b]``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.checkpoint import drafted
+from pipeline.cli.arguments import fail, main, read_arguments
+from pipeline.config import Config
+from pipeline.config.overrides import override
+from pipeline.data.splits import even_subset
+from pipeline.evaluation.find_model import find
+from pipeline.evaluation.plan import WHERE
+from pipeline.export.agreement import ATTACKED, DisagreementError, check_agreement
+from pipeline.export.folder import (
+    DEFAULT_FORMS,
+    FORMS,
+    differentiable,
+    write_card,
+    write_programs,
+)
+from pipeline.nearest_names import unknown
+
+USAGE = f"""
+usage: python -m pipeline.export RUN [key=value ...] [--help]
+
+Write a trained model as a folder that stands alone, attack what was written, and refuse it unless
+outputs, routes and accuracy under PGD-50 and forced routes agree with the network's. RUN is an
+MLflow run id, latest (the newest finished run), or a checkpoint folder.
+
+  to=FOLDER        where to (default: exports/NAME); replaced if it is there
+  form=a,b,...     of {", ".join(FORMS)} (default: {",".join(DEFAULT_FORMS)})
+                   sorted: torch.export programs of router and experts, for batches
+                   gathered: one torch.export program, for single images
+                   compiled: as sorted, compiled for this machine by AOTInductor
+                   onnx: as sorted, checked with onnxruntime
+  dataset.path, experiment, tracking_uri as in pipeline.train
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Read the command line, export, check; returns the exit code."""
+    given = read_arguments(argv, usage=USAGE)
+    if not given.names:
+        raise ValueError("which run? give an MLflow run id, latest, or a checkpoint folder")
+    settings = dict(given.settings)
+    to, forms = settings.pop("to", ""), settings.pop("form", ",".join(DEFAULT_FORMS)).split(",")
+    for form in forms:
+        if form not in FORMS:
+            raise unknown("form", form, FORMS)
+    known = ("to", "form", "dataset.path", *WHERE)
+    for key in settings:
+        if key not in known:
+            raise unknown("key", key, known)
+    here = {key: value for key, value in settings.items() if key in WHERE}
+    with tempfile.TemporaryDirectory() as scratch:
+        source, _ = find(given.names[0], override(Config(), here), Path(scratch))
+        try:
+            meta, model = checkpoint.verify(source), checkpoint.load_model(source)
+        except checkpoint.CheckpointError as error:
+            return fail(str(error), 1)
+        config = checkpoint.load_config(source)
+        own = {key: value for key, value in settings.items() if key == "dataset.path"}
+        config = override(config, own)
+        folder = Path(to or f"exports/{config.name}").resolve()
+        if folder.exists() and not (folder / "load.py").exists():
+            raise ValueError(f"to must be a new folder or an earlier export, got {to!r}")
+        try:
+            splits = config.dataset.load(config.seed)
+        except ValueError as error:
+            return fail(str(error), 1)
+        images = splits.test
+        if len(images) > ATTACKED:
+            images = images.pick(even_subset(images.labels_N, ATTACKED, config.seed))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with drafted(folder) as draft:
+                draft.mkdir()
+                stage, labels = meta.get("stage", -1), splits.class_names
+                write_programs(draft, config, model, forms, labels=labels, stage=stage, say=_say)
+                found = None
+                for exported in differentiable(draft):
+                    _say(f"attacking form {exported.form} on {len(images)} test images")
+                    result = check_agreement(
+                        model, exported, images, config.evaluation, seed=config.seed
+                    )
+                    found = found or result
+                if found is None:
+                    raise ValueError("form must name sorted or gathered too: these are attacked")
+                write_card(draft, config, found)
+        except (DisagreementError, checkpoint.CheckpointError) as error:
+            return fail(f"no export: {error}", 1)
+    accuracy = ", ".join(f"{name} {value:.4f}" for name, value in found.exported.items())
+    _say(f"exported to {folder}: {accuracy}; logits within {found.gap:.1e} of the network's")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
