@@ -138,8 +138,8 @@ def test_a_changed_router_is_refused(tmp_path: Path) -> None:
     exported = ExportedModel(tmp_path)
     router = exported.parts["router"]
     exported.parts["router"] = lambda x: router(x).flip(1)
+    images = config.dataset.load(0).test
     with pytest.raises(DisagreementError, match="to another expert"):
-        images = config.dataset.load(0).test
         check_agreement(model, exported, images, config.evaluation, seed=0, steps=1)
 
 
@@ -191,5 +191,5 @@ def test_loader_refuses_other_files_shapes_and_pixels(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="pixels must be from 0 to 1"):
             exported(x_BCHW)
     (tmp_path / "expert_0.pt2").write_bytes((tmp_path / "expert_1.pt2").read_bytes())
-    with pytest.raises(ValueError, match="expert_0.pt2 has sha256"):
+    with pytest.raises(ValueError, match=r"expert_0\.pt2 has sha256"):
         ExportedModel(tmp_path)
