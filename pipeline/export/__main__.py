@@ -14,11 +14,11 @@ from pipeline.config.overrides import override
 from pipeline.data.splits import even_subset
 from pipeline.evaluation.find_model import find
 from pipeline.evaluation.plan import WHERE
-from pipeline.export.agreement import ATTACKED, DisagreementError, check_agreement
+from pipeline.export.agreement import ATTACKED, DisagreementError, check_agreement, check_outputs
 from pipeline.export.folder import (
     DEFAULT_FORMS,
     FORMS,
-    differentiable,
+    load_forms,
     write_card,
     write_programs,
 )
@@ -82,7 +82,10 @@ def run(argv: list[str]) -> int:
                 stage, labels = meta.get("stage", -1), splits.class_names
                 write_programs(draft, config, model, forms, labels=labels, stage=stage, say=_say)
                 found = None
-                for exported in differentiable(draft):
+                for exported in load_forms(draft):
+                    if exported.form == "compiled":  # has no gradient
+                        check_outputs(model, exported, images)
+                        continue
                     _say(f"attacking form {exported.form} on {len(images)} test images")
                     result = check_agreement(
                         model, exported, images, config.evaluation, seed=config.seed

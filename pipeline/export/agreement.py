@@ -121,6 +121,16 @@ def check_agreement(
     )
 
 
+def check_outputs(model: Network, exported: ExportedModel, images: Images) -> float:
+    """Compare logits and routes on clean images alone; return the largest difference of logits.
+
+    Raises:
+        DisagreementError: Logits or routes differ.
+    """
+    x_BCHW = to_float(images.pixels_NCHW).contiguous()
+    return compare(fold(model).eval(), ExportedNetwork(exported, model), x_BCHW, "clean images")
+
+
 def attacks(evaluation: Evaluation, model: Network, steps: int) -> dict[str, Measure]:
     """Make PGD, and PGD along forced routes for a model that routes."""
     names = ("ra_pgd", "ra_forced") if model.num_experts > 1 else ("ra_pgd",)

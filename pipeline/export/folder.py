@@ -165,10 +165,10 @@ def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
         torch.export.save(program, file)
 
 
-def differentiable(folder: Path) -> list[ExportedModel]:
-    """Load each form that an attack can differentiate, and so is attacked."""
+def load_forms(folder: Path) -> list[ExportedModel]:
+    """Load each form of an exported folder."""
     forms = json.loads((folder / "config.json").read_text("utf-8"))["forms"]
-    return [ExportedModel(folder, form) for form in forms if form != "compiled"]
+    return [ExportedModel(folder, form) for form in forms]
 
 
 def write_card(folder: Path, config: Config, agreement: Agreement) -> None:

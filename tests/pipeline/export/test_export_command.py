@@ -34,9 +34,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared": {"backbone.ratio": 0.125, "backbone.num_experts": 3},
     "per layer": {"backbone.ratio": 0.125, "backbone.router_scope": "per_layer"},
     "dense": {"backbone.ratio": 0.125, "backbone.num_experts": 1, "algorithm": "standard"},
-    "mixture": {"backbone": "mixture", "algorithm": "trades", "backbone.num_experts": 3},
-    "dual": {"backbone": "dual", "algorithm": "standard"},
-    "vit": {"backbone": "vit", "algorithm": "standard", "backbone.num_experts": 1},
+    "mixture": {
+        "backbone": "mixture",
+        "backbone.ratio": 0.125,
+        "backbone.num_experts": 3,
+        "algorithm": "trades",
+    },
+    "dual": {
+        "backbone": "dual",
+        "backbone.standard.ratio": 0.125,
+        "backbone.robust.ratio": 0.125,
+        "algorithm": "standard",
+    },
+    "vit": {
+        "backbone": "vit",
+        "backbone.ratio": 0.125,
+        "backbone.num_experts": 1,
+        "algorithm": "standard",
+    },
 }
 
 
