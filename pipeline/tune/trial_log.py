@@ -12,12 +12,11 @@ from pipeline.config.overrides import flatten
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
-from pipeline.tracking.queries import PARENT
+from pipeline.tracking.queries import KIND, PARENT
 from pipeline.tune.asha import Report
 from pipeline.tune.search import Known, next_point
 from pipeline.tune.sweep_request import Prospect, SweepRequest, prospect
 
-KIND = "robust_moe.kind"  # tag of a run that is the parent of a sweep's trials
 OVER = ("finished", "stopped", "infeasible")
 SPLIT = "validation"  # whose images the trials are compared on
 
