@@ -356,7 +356,7 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
         return started[-1]
 
     def interrupt_once_all_are_there(_: float) -> None:
-        there = [run.log.exists() and run.log.read_text() == "ready" for run in started]
+        there = [run.output.exists() and run.output.read_text() == "ready" for run in started]
         if all(there) and len(started) == 2:
             monkeypatch.setattr(scheduler.time, "sleep", sleep)
             raise KeyboardInterrupt
@@ -367,7 +367,7 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
     monkeypatch.setattr(scheduler.time, "sleep", interrupt_once_all_are_there)
     with pytest.raises(KeyboardInterrupt):
         scheduler.drive(log, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
-    assert [run.log.read_text() for run in started] == ["stopped", "stopped"]
+    assert [run.output.read_text() for run in started] == ["stopped", "stopped"]
     assert [run.process.poll() for run in started] == [1, 1]
     assert log.stops == [0, 1]
 
