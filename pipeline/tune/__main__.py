@@ -202,7 +202,7 @@ def outcome(log: TrialLog) -> str:
 
 def failed(log: TrialLog) -> list[TrialRecord]:
     """List the trials that failed."""
-    return [entry for entry in log.entries if entry.status == "failed"]
+    return log.having("failed")
 
 
 def conclude(log: TrialLog, status: str) -> int:

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from pipeline.config.overrides import flatten, override
 from pipeline.measures.confidence import wilson
-from pipeline.presets.paper_grid import cell
+from pipeline.presets.paper_grid import ROWS, Row, cell
 from pipeline.report.__main__ import run
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find
@@ -186,6 +186,19 @@ def test_differences_can_be_to_another_row(
     assert float(ours["ra_minus_s_dense"]) == pytest.approx(-0.01)
     with pytest.raises(ValueError, match=r"over must be a row such as .*, got 'none'"):
         run([*given, "over=none"])
+
+
+def test_row_of_one_line_is_reported_and_plotted(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    row = Row("Plain PGD", "pgd_training", False, False, "cross-entropy", "arXiv:1706.06083")
+    monkeypatch.setitem(ROWS, "plain", row)
+    where = server.experiment("row")
+    server.add(where, "dense", hits(580, 300, 290))
+    server.add(where, "plain", hits(600, 280, 270))
+    assert run(["row", f"tracking_uri={server.uri}", f"out={tmp_path}"]) == 0
+    assert "\nPlain PGD " in capsys.readouterr().out
+    assert (tmp_path / "report.png").read_bytes().startswith(PNG)
 
 
 def test_different_threats_and_data_are_never_averaged(

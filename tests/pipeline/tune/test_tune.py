@@ -191,7 +191,9 @@ def test_finalists_are_the_front_the_most_robust_first(tmp_path: Path) -> None:
     for place, (sa, worst, gmac) in enumerate(rows):
         metrics = {"val/sa": sa, "val/ra_worst": worst, "cost/gmac": gmac}
         status = "finished" if place < 4 else "stopped"
-        log.entries.append(TrialRecord(f"{place:03d}", {}, status, metrics=metrics))
+        log.entries.append(
+            TrialRecord(trial=f"{place:03d}", point={}, status=status, metrics=metrics)
+        )
     assert [entry.trial for entry in front(log)] == ["001", "003", "000"]
 
 
