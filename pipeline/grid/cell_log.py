@@ -111,7 +111,7 @@ class CellLog(RecordLog[CellRecord]):
         self.write(place, "preempted")
 
     def close(self, status: str) -> bool:
-        """End the parent run; tell whether MLflow has everything."""
+        """End the parent run; return whether MLflow has everything."""
         if self.path.exists():
             self.tracker.upload(self.folder, [self.path.name], timeout=5.0)
         return self.close_parent(status, "cells", ("finished", "failed"))

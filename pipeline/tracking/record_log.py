@@ -82,7 +82,7 @@ class RecordLog(Generic[R]):
         return [entry for entry in self.entries if entry.status == status]
 
     def close_parent(self, status: str, name: str, counted: Iterable[str]) -> bool:
-        """End the parent run, with counts of its children; tell whether MLflow has everything.
+        """End the parent run, with counts of its children; return whether MLflow has everything.
 
         Args:
             name: Of the children: the counts are the tags ``name_status``.

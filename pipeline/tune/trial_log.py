@@ -128,7 +128,7 @@ class TrialLog(RecordLog[TrialRecord]):
         return self.entries[-1]
 
     def start(self, entry: TrialRecord, found: Prospect) -> None:
-        """Open or continue the MLflow run of a trial, and tell it what its net costs."""
+        """Open or continue the MLflow run of a trial, and log the cost of its net."""
         config, folder = found.config, self.request.trial_folder(entry.trial)
         parent = self.tracker.run_id
         tags = {"commit": commit(), "trial": entry.trial, "run_folder": str(folder)}
@@ -205,7 +205,7 @@ class TrialLog(RecordLog[TrialRecord]):
         self.save({"trials": trials, "reports": self.reports})
 
     def close(self, status: str) -> bool:
-        """End the MLflow runs that are open; tell whether MLflow has everything."""
+        """End the MLflow runs that are open; return whether MLflow has everything."""
         if self._tracker is None:
             return True
         for trial in list(self._open):
