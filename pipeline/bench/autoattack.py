@@ -88,7 +88,7 @@ def autoattack(settings: Settings) -> Benchmark:
         (robust, x_ours), (other, x_twin) = found[OURS], found[MASKED]
         alike = [alike_on(slow, x_ours, y_A, robust), alike_on(fast, x_twin, y_A, other)]
         return [
-            f"{int(robust.sum())} of {len(robust)} images are robust on ours, {int(other.sum())} on "
+            f"{int(robust.sum())} of {len(robust)} robust on ours, {int(other.sum())} on "
             f"the masked twin; the same outcome: {int((robust == other).sum())} of {len(robust)}",
             f"attacked images on the other network: {sum(alike)} of {2 * len(robust)} alike",
         ]
