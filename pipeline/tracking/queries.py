@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.algorithms.renamed_losses import with_current_names
 from pipeline.config import ELSEWHERE
+from pipeline.nearest_names import nearest
 from pipeline.tracking.client import (
     SQLITE,
     active_run,
@@ -93,12 +94,12 @@ def reading(tracking_uri: str | None) -> Iterator[Any]:
 
 
 def experiment_of(client: Any, name: str, tracking_uri: str | None) -> str:
-    """Return the id of an experiment that exists, or raise ValueError with those that do."""
+    """Return the id of an experiment that exists, or raise ValueError with the nearest names."""
     if record := client.get_experiment_by_name(name):
         return str(record.experiment_id)
-    known = ", ".join(each.name for each in client.search_experiments(max_results=5))
+    known = nearest(name, [each.name for each in client.search_experiments()])
     shown = without_password(resolve_uri(tracking_uri))
-    raise ValueError(f"no experiment {name!r} in {shown}, only {known or 'none'}")
+    raise ValueError(f"no experiment {name!r} in {shown}; nearest: {', '.join(known) or 'none'}")
 
 
 def search(client: Any, experiment_id: str, wanted: str = "") -> list[Run]:

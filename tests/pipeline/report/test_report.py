@@ -301,8 +301,8 @@ def test_runs_are_chosen_by_their_settings_and_their_parent(server: Server) -> N
 
 def test_an_experiment_that_is_not_there_is_an_error_of_one_line(server: Server) -> None:
     server.experiment("there")
-    with pytest.raises(ValueError, match=r"no experiment 'nothing' in sqlite:.*there"):
-        run(["nothing", f"tracking_uri={server.uri}"])
+    with pytest.raises(ValueError, match=r"no experiment 'ther' in sqlite:.*; nearest: there, "):
+        run(["ther", f"tracking_uri={server.uri}"])
 
 
 def test_nothing_finished_is_a_failure_that_says_what_there_is(server: Server, capsys: Any) -> None:
