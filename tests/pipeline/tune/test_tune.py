@@ -56,7 +56,7 @@ def request(*words: str, names: tuple[str, ...] = NAMES) -> SweepRequest:
         ("ablation_beta quickstart algorithm.beta=6", "nothing to search"),
         ("ablation_beta quickstart num_samples=9", "at most the grid's 4 points, got 9"),
         ("ablation_beta quickstart search=optuna", "search must be left out for a grid"),
-        ("adv_moe quickstart --pbt", "no option --pbt"),
+        ("adv_moe quickstart --pbt", "no option '--pbt'"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_starts(words: str, message: str) -> None:
