@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from moe.network import Network
 from pipeline import checkpoint
 from pipeline.checkpoint import drafted
 from pipeline.cli.arguments import fail, main, read_arguments
@@ -14,7 +16,13 @@ from pipeline.config.overrides import override
 from pipeline.data.splits import even_subset
 from pipeline.evaluation.find_model import find
 from pipeline.evaluation.plan import WHERE
-from pipeline.export.agreement import ATTACKED, DisagreementError, check_agreement, check_outputs
+from pipeline.export.agreement import (
+    ATTACKED,
+    Agreement,
+    DisagreementError,
+    check_agreement,
+    check_outputs,
+)
 from pipeline.export.folder import (
     DEFAULT_FORMS,
     FORMS,
@@ -69,36 +77,53 @@ def run(argv: list[str]) -> int:
         if folder.exists() and not (folder / "load.py").exists():
             raise ValueError(f"to must be a new folder or an earlier export, got {to!r}")
         try:
-            splits = config.dataset.load(config.seed)
-        except ValueError as error:
-            return fail(str(error), 1)
-        images = splits.test
-        if len(images) > ATTACKED:
-            images = images.pick(even_subset(images.labels_N, ATTACKED, config.seed))
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with drafted(folder) as draft:
-                draft.mkdir()
-                stage, labels = meta.get("stage", -1), splits.class_names
-                write_programs(draft, config, model, forms, labels=labels, stage=stage, say=_say)
-                found = None
-                for exported in load_forms(draft):
-                    if exported.form == "compiled":  # has no gradient
-                        check_outputs(model, exported, images)
-                        continue
-                    _say(f"attacking form {exported.form} on {len(images)} test images")
-                    result = check_agreement(
-                        model, exported, images, config.evaluation, seed=config.seed
-                    )
-                    found = found or result
-                if found is None:
-                    raise ValueError("form must name sorted or gathered too: these are attacked")
-                write_card(draft, config, found)
-        except (DisagreementError, checkpoint.CheckpointError) as error:
+            found = export(config, model, folder, forms, stage=meta.get("stage", -1))
+        except (DisagreementError, DataError, checkpoint.CheckpointError) as error:
             return fail(f"no export: {error}", 1)
     accuracy = ", ".join(f"{name} {value:.4f}" for name, value in found.exported.items())
     _say(f"exported to {folder}: {accuracy}; logits within {found.gap:.1e} of the network's")
     return 0
+
+
+class DataError(Exception):
+    """The images to attack cannot be read."""
+
+
+def export(
+    config: Config, model: Network, folder: Path, forms: Sequence[str], *, stage: int
+) -> Agreement:
+    """Write a folder and attack what was written; it appears whole and checked, or not at all.
+
+    Raises:
+        DisagreementError: The exported model differs from the network.
+        DataError: The images to attack cannot be read.
+        ValueError: No form that can be attacked was asked for, or could be written.
+    """
+    if not {"sorted", "gathered"} & set(forms):
+        raise ValueError("form must name sorted or gathered too: these are attacked")
+    try:
+        splits = config.dataset.load(config.seed)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    images, found = splits.test, None
+    if len(images) > ATTACKED:
+        images = images.pick(even_subset(images.labels_N, ATTACKED, config.seed))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with drafted(folder) as draft:
+        draft.mkdir()
+        labels = splits.class_names
+        write_programs(draft, config, model, forms, labels=labels, stage=stage, say=_say)
+        for exported in load_forms(draft):
+            if exported.form == "compiled":  # has no gradient
+                check_outputs(model, exported, images)
+                continue
+            _say(f"attacking form {exported.form} on {len(images)} test images")
+            result = check_agreement(model, exported, images, config.evaluation, seed=config.seed)
+            found = found or result
+        if found is None:
+            raise ValueError("neither sorted nor gathered could be written: these are attacked")
+        write_card(draft, config, found)
+    return found
 
 
 def _say(text: str) -> None:

@@ -27,7 +27,7 @@ TIE = 1e-4  # gap of two router scores below which either expert is right
 SLACK = 0.02  # of accuracy: the sign of a gradient near zero may differ, and a path with it
 
 
-class DisagreementError(RuntimeError):
+class DisagreementError(Exception):
     """An exported model differs from the network that it was made from."""
 
 

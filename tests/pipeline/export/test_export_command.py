@@ -140,7 +140,7 @@ def test_experts_in_the_wrong_order_are_refused(
     monkeypatch.setattr(writer, "WRITERS", {**writer.WRITERS, form: swapped})
     out = tmp_path / "out"
     assert command.run([str(source), f"to={out}", f"form={form}"]) == 1
-    assert "logits of the exported model differ" in capsys.readouterr().err
+    assert "error: no export: logits of the exported model differ" in capsys.readouterr().err
     assert not out.exists()
 
 
