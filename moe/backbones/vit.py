@@ -111,7 +111,7 @@ class TransformerBody(nn.Module):
         own, left = self.state_dict(), set(weights)
         for name, target in own.items():
             theirs = timm_name(name)
-            if name.startswith("head.") and len(weights.get(theirs, ())) != len(target):
+            if name.startswith("head.") and rows_of(weights.get(theirs)) != len(target):
                 left.discard(theirs)
                 continue
             if theirs not in weights:
@@ -128,6 +128,11 @@ class TransformerBody(nn.Module):
             target.copy_(found)
         if left:
             raise ValueError(f"weights hold {sorted(left)[0]}, which this network has not")
+
+
+def rows_of(tensor: Tensor | None) -> int:
+    """Length of a tensor's first axis; 0 for one without axes, or none at all."""
+    return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def timm_name(name: str) -> str:
@@ -199,9 +204,8 @@ class ViT:
         if self.patch < 0:
             raise ValueError(f"patch must be at least 0, got {self.patch}")
         if self.weights and not self.weights_sha256:
-            if not (file := Path(self.weights)).is_file():
-                raise ValueError(f"weights must be a safetensors file, got {self.weights!r}")
-            with file.open("rb") as opened:
+            check_weights(self.weights)
+            with Path(self.weights).open("rb") as opened:
                 found = hashlib.file_digest(opened, "sha256").hexdigest()
             object.__setattr__(self, "weights_sha256", found)
 

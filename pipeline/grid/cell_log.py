@@ -11,8 +11,10 @@ from typing import Any
 
 from pipeline.cli.arguments import PREEMPTED
 from pipeline.config import Config
+from pipeline.data.identity import check_same_data, data_sha256
 from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
+from pipeline.storage.state_file import read_state
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
@@ -137,11 +139,14 @@ class CellLog:
 
 
 def result_of(config: Config) -> dict[str, Any] | None:
-    """Read the result of a finished run; None if there is none."""
-    try:
-        found: dict[str, Any] = json.loads((run_folder(config) / "result.json").read_text())
-    except FileNotFoundError:
-        return None
+    """Read the result of a finished run; None if there is none.
+
+    Raises:
+        OtherDataError: It was trained on other data than those that are there now.
+    """
+    found = read_state(run_folder(config) / "result.json", ("metrics", "run_id"))
+    if found is not None and (then := found.get("dataset_sha256")):
+        check_same_data(f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset))
     return found
 
 

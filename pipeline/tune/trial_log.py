@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config.overrides import flatten
+from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.storage.state_file import read_state
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
@@ -57,10 +59,11 @@ class TrialLog:
         self._open: dict[str, Tracker] = {}
         self._began: dict[str, float] = {}
         self._tracker: Tracker | None = None
-        try:
-            kept = json.loads((self.folder / "trials.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        self.sha256 = data_sha256(request.base.dataset)
+        kept = read_state(self.folder / "trials.json", ("trials", "reports"), print)
+        if kept is None:
             return
+        check_same_data(f"sweep {self.folder.name}", kept.get("dataset_sha256"), self.sha256)
         self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
         self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
 
