@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def check_weights(path: str | Path) -> None:
 
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"weights must be a safetensors file, got {str(path)!r}, which is not there")
+        raise ValueError(f"weights must be a safetensors file, got {str(path)!r}: no such file")
     try:
         with safe_open(file, "pt") as opened:
             opened.keys()
@@ -48,6 +49,13 @@ def kind_of_file(file: Path) -> str:
     return ""
 
 
+def shared_prefix(names: Iterable[str]) -> str:
+    """Return the known prefix that all names have; empty: there is none."""
+    every = list(names)
+    known = (p for p in PREFIXES if every and all(name.startswith(p) for name in every))
+    return next(known, "")
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read named tensors, without a prefix that all names share.
 
@@ -57,8 +65,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     check_weights(path)
-    weights = load_file(str(path))
-    while prefix := next((p for p in PREFIXES if weights and all(n.startswith(p) for n in weights)), ""):
+    weights: dict[str, Tensor] = load_file(str(path))
+    while prefix := shared_prefix(weights):
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

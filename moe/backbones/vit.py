@@ -20,6 +20,7 @@ from moe.backbones.base import RouterScope
 from moe.backbones.blocks import assemble, check, scaled
 from moe.network import Network
 from moe.routing import Routing, at_least_float32
+from moe.weight_files import check_weights
 
 Size = Literal["tiny", "small"]
 HEAD, MLP = 64, 4  # width of one head; width of the hidden layer over that of the tokens

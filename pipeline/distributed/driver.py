@@ -11,15 +11,16 @@ from pipeline.cli.arguments import PREEMPTED, fail
 from pipeline.cli.console import Follower
 from pipeline.config import Config
 from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.distributed.address import check_address
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.events import delivering
 from pipeline.distributed.worker_group import WorkerGroup, cause, crowded_out, listening
 from pipeline.storage.object_store import StoreError
 from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_aside, shown
-from pipeline.storage.state_file import read_state
 from pipeline.storage.sync import restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 from pipeline.tracking.open_run import open_run
+from pipeline.tracking.state_file import read_state
 
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -40,7 +41,9 @@ def train(
 
     Raises:
         ValueError: The config cannot be kept or tracked where it wants to be.
+        ConnectionError: No Ray is at ``RAY_ADDRESS``.
     """
+    check_address()
     check_lasting(config)
     follower, folder = follower or Follower(), run_folder(config)
     with owned(folder, follower.say) as free:
@@ -102,9 +105,7 @@ def check_finished(config: Config, result: Mapping[str, Any], follower: Follower
     check_same_data(f"{config.name}, which is finished,", result.get("dataset_sha256"), now)
 
 
-def follow(
-    config: Config, folder: Path, tracker: Tracker, follower: Follower, sha256: str
-) -> int:
+def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower, sha256: str) -> int:
     """Run the workers, pass their events on, and end the MLflow run with the right status."""
     ending: dict[str, Any] = {}
     status = "failed"
@@ -182,9 +183,7 @@ def log_model(config: Config, folder: Path, tracker: Tracker) -> None:
     tracker.log_model(model, torch.rand(4, 3, size, size, generator=generator).numpy())
 
 
-def write_result(
-    folder: Path, metrics: Mapping[str, float], tracker: Tracker, sha256: str
-) -> None:
+def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker, sha256: str) -> None:
     """Mark a run as finished: the file appears whole, and last."""
     found = {"metrics": metrics, "run_id": tracker.run_id, "ui": tracker.ui_hint()}
     text = json.dumps({**found, "dataset_sha256": sha256}, indent=2)

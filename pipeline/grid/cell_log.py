@@ -14,11 +14,11 @@ from pipeline.config import Config
 from pipeline.data.identity import check_same_data, data_sha256
 from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
-from pipeline.storage.state_file import read_state
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
 from pipeline.tracking.queries import GRID, PARENT
+from pipeline.tracking.state_file import read_state
 
 
 @dataclass
@@ -146,7 +146,9 @@ def result_of(config: Config) -> dict[str, Any] | None:
     """
     found = read_state(run_folder(config) / "result.json", ("metrics", "run_id"))
     if found is not None and (then := found.get("dataset_sha256")):
-        check_same_data(f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset))
+        check_same_data(
+            f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset)
+        )
     return found
 
 

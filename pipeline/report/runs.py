@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import ELSEWHERE
-from pipeline.tracking import EVALUATED, SQLITE, mlflow_client, resolve_uri, without_password
+from pipeline.tracking import EVALUATED, open_client, resolve_uri, without_password
+from pipeline.tracking.database_file import to_path
+from pipeline.tracking.reasons import reason
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
 def fetch(uri: str, experiment: str) -> list[Any]:
     """Read every run of an experiment, page by page."""
     shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := to_path(uri)) is not None and not file.exists():
         raise ValueError(f"no tracking database {shown}")
     try:
-        client = mlflow_client()(uri)
+        client = open_client(uri)
         if (record := client.get_experiment_by_name(experiment)) is None:
             names = ", ".join(e.name for e in client.search_experiments())
             raise ValueError(f"no experiment {experiment!r} in {shown}, only {names}")
@@ -91,7 +92,7 @@ def fetch(uri: str, experiment: str) -> list[Any]:
     except ValueError:
         raise
     except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
+        raise reason(error, uri) from error
 
 
 def every(client: Any, experiment_id: str, wanted: str = "") -> list[Any]:

@@ -15,8 +15,10 @@ from pipeline.measures.confidence import wilson
 from pipeline.report.grouping import conditions_of
 from pipeline.report.runs import Run, every, run_of
 from pipeline.report.statistics import Estimate, estimate
-from pipeline.tracking import SQLITE, download, mlflow_client, resolve_uri, without_password
+from pipeline.tracking import download, open_client, resolve_uri, without_password
 from pipeline.tracking.client import active_run
+from pipeline.tracking.database_file import to_path
+from pipeline.tracking.reasons import reason
 
 KIND = "robust_moe.kind"
 STATUSES = ("finished", "stopped", "failed", "infeasible")
@@ -169,10 +171,10 @@ def read_sweep(tracking_uri: str | None, parent: str, experiment: str = "robust-
     """
     uri = resolve_uri(tracking_uri)
     shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := to_path(uri)) is not None and not file.exists():
         raise ValueError(f"no tracking database {shown}")
     try:
-        client = mlflow_client()(uri)
+        client = open_client(uri)
         record = find_parent(client, parent, experiment, shown)
         children = every(
             client,
@@ -182,7 +184,7 @@ def read_sweep(tracking_uri: str | None, parent: str, experiment: str = "robust-
     except ValueError:
         raise
     except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
+        raise reason(error, uri) from error
     told = read_told(uri, record.info.run_id, experiment)
     trials, again = once_each(trial_of(run_of(child)) for child in children)
     return Sweep(

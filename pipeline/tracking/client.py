@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SQLITE = "sqlite:///"
+from pipeline.tracking.database_file import artifact_folder, follow_move, to_path, to_uri
+from pipeline.tracking.reasons import RefusedError, reason
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -17,14 +18,14 @@ def resolve_uri(uri: str | None) -> str:
     Raises:
         ValueError: The URI names no scheme that MLflow writes to.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or to_uri(Path("mlflow.db"))
     if not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://|databricks", uri):
         raise ValueError(
             f"tracking_uri must be http(s)://, sqlite:/// or another database, "
             f"got {without_password(uri)!r}"
         )
-    if uri.startswith(SQLITE):
-        return f"{SQLITE}{Path.cwd() / uri.removeprefix(SQLITE)}"
+    if (file := to_path(uri)) is not None:
+        return to_uri(Path.cwd() / file)
     return uri.rstrip("/")
 
 
@@ -55,6 +56,28 @@ def mlflow_client() -> Any:
     return MlflowClient
 
 
+def open_client(uri: str) -> Any:
+    """Make a client of a server or a database, whose artifacts lie where the database lies now."""
+    follow_move(uri)
+    return mlflow_client()(uri)
+
+
+def check_database(uri: str) -> None:
+    """Refuse a database file that this MLflow cannot use, before hours of training.
+
+    Raises:
+        RefusedError: It is of another MLflow version, or is no database.
+    """
+    file = to_path(uri)
+    if file is None or not file.exists():
+        return
+    with alone(uri):
+        try:
+            open_client(uri).search_experiments(max_results=1)
+        except Exception as error:
+            raise RefusedError(str(reason(error, uri))) from None
+
+
 def active_run(client: Any, run_id: str | None) -> Any:
     """Return a run that exists and is not deleted, else None."""
     from mlflow.exceptions import MlflowException
@@ -75,8 +98,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
     record = client.get_experiment_by_name(name)
     if record is None:
         location = None  # a server knows its own
-        if uri.startswith(SQLITE):
-            folder = Path(uri.removeprefix(SQLITE)).parent / "mlartifacts"
+        if (folder := artifact_folder(uri)) is not None:
             location = (folder / re.sub(r"[^\w\-. ]", "_", name)).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
@@ -98,8 +120,8 @@ def alone(uri: str) -> Iterator[None]:
     import fcntl
 
     with ExitStack() as stack:
-        if uri.startswith(SQLITE):
-            folder = Path(uri.removeprefix(SQLITE)).parent
+        if (file := to_path(uri)) is not None:
+            folder = file.parent
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)  # a lock on the folder leaves no file behind
             stack.callback(os.close, handle)

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.client import (
-    SQLITE,
     active_run,
-    mlflow_client,
+    open_client,
     resolve_uri,
     without_password,
 )
+from pipeline.tracking.database_file import to_path
+from pipeline.tracking.reasons import reason
 
 EVALUATED = "evaluated"  # tag of runs that judge another run again
 PARENTS = ("grid", "robust_moe.kind")  # tags of runs that have no model, but children that do
@@ -30,7 +31,7 @@ def download(
     run_id = resolve_run(tracking_uri, run, experiment)
     uri = resolve_uri(tracking_uri)
     try:
-        client = mlflow_client()(uri)
+        client = open_client(uri)
         parent = Path(artifact).parent.as_posix()
         there = [
             file.path for file in client.list_artifacts(run_id, "" if parent == "." else parent)
@@ -43,9 +44,7 @@ def download(
     except ValueError:
         raise
     except Exception as error:
-        raise ConnectionError(
-            f"MLflow at {without_password(uri)}: {type(error).__name__}"
-        ) from error
+        raise reason(error, uri) from error
 
 
 def resolve_run(tracking_uri: str, run: str, experiment: str) -> str:
@@ -57,14 +56,14 @@ def resolve_run(tracking_uri: str, run: str, experiment: str) -> str:
     """
     uri = resolve_uri(tracking_uri)
     shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := to_path(uri)) is not None and not file.exists():
         raise ValueError(f"no tracking database {shown}")
     try:
-        return find_run(mlflow_client()(uri), run, experiment, shown)
+        return find_run(open_client(uri), run, experiment, shown)
     except ValueError:
         raise
     except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
+        raise reason(error, uri) from error
 
 
 def find_run(client: Any, run: str, experiment: str, shown: str) -> str:

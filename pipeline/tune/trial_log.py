@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.config.overrides import flatten
 from pipeline.data.identity import check_same_data, data_sha256
-from pipeline.storage.state_file import read_state
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
 from pipeline.tracking.queries import PARENT
+from pipeline.tracking.state_file import read_state
 from pipeline.tune.asha import Report
 from pipeline.tune.search import Known, next_point
 from pipeline.tune.sweep_request import Prospect, SweepRequest, prospect
@@ -228,7 +228,8 @@ class TrialLog:
 
     def write(self) -> None:
         """Keep everything on disk."""
-        kept = {"trials": [asdict(entry) for entry in self.entries], "reports": self.reports}
+        kept: dict[str, Any] = {"dataset_sha256": self.sha256}
+        kept |= {"trials": [asdict(entry) for entry in self.entries], "reports": self.reports}
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / "trials.json", json.dumps(kept, indent=1) + "\n")
 
