@@ -38,7 +38,8 @@ def data_sha256(dataset: Dataset) -> str:
     Raises:
         ValueError: The data are not there, or damaged.
     """
-    return _sha256(dataset, os.environ.get("ROBUST_MOE_DATA", ""))
+    settings: Any = dataset  # frozen dataclasses, which hash
+    return _sha256(settings, os.environ.get("ROBUST_MOE_DATA", ""))
 
 
 @cache

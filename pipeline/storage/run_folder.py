@@ -16,6 +16,7 @@ from pipeline.storage.object_store import check_uri
 from pipeline.storage.sync import home_of, set_home_aside, storage_root
 from pipeline.tracking import resolve_uri
 
+LONGEST_NAME = 160  # bytes: a file system takes 255 of a folder, Ray's actors and ours add to it
 POLL = 0.3  # seconds between two tries for a lock
 
 
@@ -35,6 +36,8 @@ def check_lasting(config: Config) -> None:
     """
     if remote := "://" in config.storage:
         check_uri(config.storage)
+    else:
+        check_folder_name(config)
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     if not (job.get("runtime_env") or {}).get("working_dir"):
         return
@@ -52,6 +55,25 @@ def check_lasting(config: Config) -> None:
             "a Ray job's working directory is a temporary copy, so nothing can be kept in it; "
             f"give places that last: {', '.join(want)}"
         )
+
+
+def check_folder_name(config: Config) -> None:
+    """Refuse a storage that can be no folder, and a name that no file system takes.
+
+    Raises:
+        ValueError: As said; names the key, its value and what is valid.
+    """
+    root = Path(config.storage).expanduser()
+    there = next(part for part in (root, *root.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"storage must be a folder, got {config.storage!r}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"storage must be a folder to write to, got {config.storage!r}")
+    for key in ("name", "experiment"):
+        if len(getattr(config, key).encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"{key} must be at most {LONGEST_NAME} bytes, got {getattr(config, key)!r}"
+            )
 
 
 @contextmanager
