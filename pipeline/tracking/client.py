@@ -117,14 +117,11 @@ def alone(uri: str) -> Iterator[None]:
 
     MLflow's own lock is not enough: of two first users at once, one fails in the migrations.
     """
-    import fcntl
+    from filelock import FileLock
 
     with ExitStack() as stack:
-        if (file := to_path(uri)) is not None:
-            folder = file.parent
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)  # a lock on the folder leaves no file behind
-            stack.callback(os.close, handle)
-            with suppress(OSError):  # some network file systems lock no folders
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        if (path := to_path(uri)) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError, NotImplementedError):  # some network file systems have no locks
+                stack.enter_context(FileLock(f"{path}.lock"))
         yield
