@@ -132,7 +132,9 @@ def result_of(config: Config) -> dict[str, Any] | None:
     Raises:
         OtherDataError: It was trained on other data than those that are there now.
     """
-    found = read_state(run_folder(config) / "result.json", ("metrics", "run_id"))
+    found: dict[str, Any] | None = read_state(
+        run_folder(config) / "result.json", ("metrics", "run_id")
+    )
     if found is not None and (then := found.get("dataset_sha256")):
         check_same_data(
             f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset)

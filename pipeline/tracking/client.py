@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.database_file import artifact_folder, follow_move, to_path, to_uri
-from pipeline.tracking.reasons import RefusedError, reason
+from pipeline.tracking.reasons import RefusedError, reason, without_password
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -27,14 +27,6 @@ def resolve_uri(uri: str | None) -> str:
     if (file := to_path(uri)) is not None:
         return to_uri(Path.cwd() / file)
     return uri.rstrip("/")
-
-
-def without_password(uri: str) -> str:
-    """Drop user and password from a URI, to print, store and compare it."""
-    if uri.startswith("sqlite"):
-        return uri
-    bare = re.sub(r"(?<=://)[^/?#]*@", "", uri)
-    return re.sub(r"(?i)([?&][^=&]*(?:user|password|token)=)[^&]*", r"\1...", bare)
 
 
 def mlflow_client() -> Any:

@@ -16,14 +16,9 @@ from typing import Any
 from pipeline.algorithms.renamed_losses import with_current_names
 from pipeline.config import ELSEWHERE
 from pipeline.nearest_names import nearest
-from pipeline.tracking.client import (
-    active_run,
-    open_client,
-    resolve_uri,
-    without_password,
-)
+from pipeline.tracking.client import active_run, open_client, resolve_uri
 from pipeline.tracking.database_file import to_path
-from pipeline.tracking.reasons import reason
+from pipeline.tracking.reasons import reason, without_password
 
 EVALUATED = "evaluated"  # tag of runs that judge another run again
 GRID = "grid"  # tag of a run that is the parent of a grid's cells

@@ -22,8 +22,6 @@ def reason(error: BaseException, uri: str) -> Exception:
         A ``RefusedError`` where waiting cannot help (another version's database, a wrong password,
         a certificate), or a ``ConnectionError`` (refused, away).
     """
-    from pipeline.tracking.client import without_password
-
     shown, text = without_password(uri), one_line(error, uri)
     low = text.lower()
     if "database schema" in low or "locate revision" in low or "db upgrade" in low:
@@ -44,6 +42,14 @@ def reason(error: BaseException, uri: str) -> Exception:
     if "connection refused" in low or "errno 111" in low:
         return ConnectionError(f"MLflow at {shown}: connection refused, is the server started?")
     return ConnectionError(f"MLflow at {shown}: {text}")
+
+
+def without_password(uri: str) -> str:
+    """Drop user and password from a URI, to print, store and compare it."""
+    if uri.startswith("sqlite"):
+        return uri
+    bare = re.sub(r"(?<=://)[^/?#]*@", "", uri)
+    return re.sub(r"(?i)([?&][^=&]*(?:user|password|token)=)[^&]*", r"\1...", bare)
 
 
 def one_line(error: BaseException, uri: str = "") -> str:

@@ -74,8 +74,8 @@ class RecordLog(Generic[R]):
         replace_file(self.path, json.dumps(content, indent=1) + "\n")
 
     def read(self) -> Any:
-        """Read the log's file; None without one."""
-        return read_state(self.path, ("trials",), print)
+        """Read the log's file; None without one that can be used."""
+        return read_state(self.path, kind=(dict, list), say=print)
 
     def having(self, status: str) -> list[R]:
         """List the children with a status."""

@@ -9,9 +9,12 @@ from typing import Any
 
 
 def read_state(
-    path: Path, keys: tuple[str, ...] = (), say: Callable[[str], None] | None = None
-) -> dict[str, Any] | None:
-    """Read a JSON object that an earlier process wrote; None: there is none that can be used.
+    path: Path,
+    keys: tuple[str, ...] = (),
+    say: Callable[[str], None] | None = None,
+    kind: type | tuple[type, ...] = dict,
+) -> Any:
+    """Read a JSON file that an earlier process wrote; None: there is none that can be used.
 
     A file may be empty or cut off (a full disk, a machine that went down) or another program's. It
     is renamed to ``<name>.damaged``, so that nothing is lost, and what it held is found again or
@@ -19,6 +22,7 @@ def read_state(
 
     Args:
         keys: What the object must have.
+        kind: What it must be.
         say: Takes the line that says so.
     """
     try:
@@ -29,9 +33,11 @@ def read_state(
         text = ""
     try:
         found = json.loads(text)
-        if isinstance(found, dict) and not (missing := [key for key in keys if key not in found]):
+        right = isinstance(found, kind)
+        missing = [key for key in keys if right and key not in found]
+        if right and not missing:
             return found
-        why = f"it has no {missing[0]}" if isinstance(found, dict) else "it is no JSON object"
+        why = f"it has no {missing[0]}" if missing else f"it holds a {type(found).__name__}"
     except ValueError:
         why = "it is cut off or no JSON" if text.strip() else "it is empty"
     aside = path.with_name(f"{path.name}.damaged")
