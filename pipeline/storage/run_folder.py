@@ -62,7 +62,7 @@ def owned(folder: Path, say: Callable[[str], None], patience: float = 60.0) -> I
 
     A driver that was killed may leave one that still writes its last checkpoint, hence the wait.
     The lock ends with the process, however it ends; where the folder's home is an object store,
-    other machines are kept out as ``pipeline.storage.lease`` says, and the folder is fetched and kept there.
+    ``pipeline.storage.lease`` keeps other machines out, and the folder is fetched and kept there.
     """
     with locked(folder, say, patience) as free:
         home = home_of(folder)
