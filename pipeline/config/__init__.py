@@ -78,7 +78,7 @@ class Config:
         cutmix: Share of the images that get a box of another, with its share of the label.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
         checkpoint_steps: Save every so many updates too, not only after each epoch; 0: epochs only.
-        storage: Folder of the run folders.
+        storage: Folder of the run folders, or a URI that pyarrow reaches (``s3://bucket/prefix``).
         tracking_uri: MLflow; empty: ``MLFLOW_TRACKING_URI``, else a sqlite file in the working
             directory.
         experiment, name: Where MLflow lists the run.
