@@ -20,6 +20,7 @@ from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.context import Session, Signal
 from pipeline.data.augmentation import Augmentation, augment, to_float
+from pipeline.data.base import class_groups
 from pipeline.data.splits import Share, Splits
 from pipeline.end_of_run import finish
 from pipeline.measures import MEASURES
@@ -113,6 +114,7 @@ def fit(
         clip_norm=config.clip_norm,
         partition=partition_of(config.algorithm),
         norm_bound=config.norm_bound,
+        class_groups=class_groups(config.dataset),
     )
     state.optimizers = build_optimizers(config, state)
     progress = resume(config, folder, session, state)
