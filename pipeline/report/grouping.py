@@ -180,15 +180,21 @@ def conditions_of(run: Run) -> dict[str, str]:
 
 
 def kind_of(run: Run) -> str:
-    """Tell which row of the paper a run belongs to; for anything else its own name."""
+    """Find the row of the paper that a run belongs to; for anything else its own name.
+
+    Rows that differ by their width alone are told apart by the name that the grid gives a cell.
+    """
     dual = run.params["backbone"] == "dual"  # two networks: their experts are counted for each
     mixture = dual or int(run.params.get("backbone.num_experts", "1")) > 1
     narrow = mixture or float(run.params.get("backbone.ratio", "1")) < 1
-    for name, row in ROWS.items():
-        formed = row.algorithm != "trades" or row.narrow == narrow
-        if run.params["algorithm"] == row.algorithm and row.mixture == mixture and formed:
-            return name
-    return run.name
+    found = [
+        name
+        for name, row in ROWS.items()
+        if run.params["algorithm"] == row.algorithm
+        and row.mixture == mixture
+        and (row.algorithm != "trades" or row.narrow == narrow)
+    ]
+    return next((name for name in found if run.name.startswith(f"{name}_")), [*found, run.name][0])
 
 
 def rank(row: ResultRow) -> tuple[int, str, str]:
