@@ -25,6 +25,8 @@ class UpcycledAdvMoE(AdvMoE):
     Komatsuzaki et al. (ICLR 2023, arXiv:2212.05055); its use here is ours.
 
     Attributes:
+        beta, aim, attack: Of both stages, as in ``AdvMoE``.
+        alpha, router_loss, minibatches, homes, forced_routes: Of the mixture's, as there.
         dense_share: Part of the run's updates that train the pathway, above 0 and below 1.
         mixture_rate: Peak learning rates of the mixture's stage over those of the run.
 
