@@ -20,6 +20,7 @@ from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.context import Session, Signal
 from pipeline.data.augmentation import Augmentation, augment, to_float
+from pipeline.data.base import class_groups
 from pipeline.data.identity import check_same_data
 from pipeline.data.splits import Share, Splits
 from pipeline.end_of_run import finish
@@ -115,6 +116,7 @@ def fit(
         clip_norm=config.clip_norm,
         partition=partition_of(config.algorithm),
         norm_bound=config.norm_bound,
+        class_groups=class_groups(config.dataset),
     )
     state.optimizers = build_optimizers(config, state)
     data = {"sha256": splits.sha256, "class_names": list(splits.class_names)}

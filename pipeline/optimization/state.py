@@ -89,6 +89,8 @@ class TrainState:
         norm_bound: Largest L-inf operator norm of a layer after an update; 0: any.
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
         partition: Which parameters are in which group.
+        class_groups: Group of each class, where the data set has groups; see
+            ``pipeline.data.base.class_groups``.
     """
 
     model: Network
@@ -102,6 +104,7 @@ class TrainState:
     norm_bound: float = 0.0
     awp_gamma: float = 0.0
     partition: Partition = COMPONENTS
+    class_groups: tuple[int, ...] = ()
 
     @property
     def deployed(self) -> Network:
