@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from moe.dual_model import Dual, blend
 from moe.fold_batchnorm import fold
 from moe.layers import ConvNorm, MoEConv2d
-from moe.mixture_of_networks import Mixture, best, mixed
+from moe.mixture_of_networks import Mixture, mixed
 from moe.network import Network
+from moe.routing import best
 
 
 def exportable(model: Network) -> nn.Module:
