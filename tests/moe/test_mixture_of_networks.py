@@ -72,7 +72,7 @@ def one_by_one(model: Mixture, x_BCHW: Tensor) -> Routed:
         whole_K = torch.stack(found).sum(0)
         logs = model.mix == "probabilities" and model.gate == "softmax"
         rows.append((whole_K.log() if logs else whole_K, score_E, torch.tensor(taken[0])))
-    logits, scores, route, _ = zip(*rows, strict=True)
+    logits, scores, route = zip(*rows, strict=True)
     return Routed(torch.stack(logits), torch.stack(scores), torch.stack(route))
 
 
