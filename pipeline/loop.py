@@ -15,6 +15,7 @@ from torch import Tensor
 from moe.routing_stats import load
 from pipeline import checkpoint
 from pipeline.algorithms import selects
+from pipeline.algorithms.renamed_losses import with_current_names
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.context import Session, Signal
@@ -137,7 +138,9 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     state.ema.restore(saved, state.model)
     for group, optimizer in state.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][group])
-    progress = Progress(meta["epoch"], meta["step"], meta["best"], meta["history"], meta["sums"])
+    history = [row | {"values": with_current_names(row["values"])} for row in meta["history"]]
+    sums = with_current_names(meta["sums"])
+    progress = Progress(meta["epoch"], meta["step"], meta["best"], history, sums)
     progress.stage = meta.get("stage", 0)
     session.tell("resumed", epoch=progress.epoch, step=progress.step, checkpoint=found.name)
     for row in progress.history:  # whoever follows has them already, unless it was lost with us

@@ -8,6 +8,7 @@ import textwrap
 from pipeline.cli.arguments import main, read_arguments
 from pipeline.config.overrides import flatten, override
 from pipeline.distributed.driver import train
+from pipeline.nearest_names import unknown
 from pipeline.presets import PRESETS, headline, label
 
 USAGE = """
@@ -34,7 +35,7 @@ def run(argv: list[str]) -> int:
         return show_presets(given.names)
     name = given.names[0] if given.names else "quickstart"
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
+        raise unknown("preset", name, PRESETS)
     config = override(PRESETS[name](), given.settings)
     strict = "--strict-tracking" in given.flags
     return train(config, fresh="--fresh" in given.flags, strict=strict)
@@ -44,7 +45,7 @@ def show_presets(names: tuple[str, ...]) -> int:
     """Print the presets, or the label and all settings of one."""
     for name in names or PRESETS:
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}, only {', '.join(PRESETS)}")
+            raise unknown("preset", name, PRESETS)
         text = label(name) if names else headline(name)
         print(f"{name}\n{textwrap.indent(text, '    ')}\n")
         if names:

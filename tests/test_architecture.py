@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # The floors of pipeline/: a room may import rooms of the floors below it.
 FLOORS = (
-    ("seeding", "attacks", "context"),
+    ("seeding", "attacks", "context", "nearest_names"),
     ("optimization", "data"),
     ("algorithms", "measures"),
     ("config", "cli"),

@@ -90,7 +90,7 @@ class AdvMoE:
             weights = {"natural": 1.0, "robust": self.beta}
         else:
             terms = pseudo_label_terms(state, x_BCHW, x_adv, y_B)
-            weights = {"homed": self.alpha, "steady": self.beta}
+            weights = {"pseudo_label": self.alpha, "consistency": self.beta}
         with state.only("router"):
             losses = state.minimize(terms, weights, "router")
         return {f"router_{name}": loss for name, loss in losses.items()}
@@ -108,8 +108,8 @@ def pseudo_label_terms(state: TrainState, x_BCHW: Tensor, x_adv: Tensor, y_B: Te
         state.watch("router scores", moved.abs().amax())
         home_B = dominant(y_B) % state.model.num_experts  # the expert that each class is sent to
         return {
-            "homed": cross_entropy_per_image(clean, home_B).mean(),
-            "steady": kl(clean, moved),
+            "pseudo_label": cross_entropy_per_image(clean, home_B).mean(),
+            "consistency": kl(clean, moved),
         }
 
     return terms

@@ -59,7 +59,7 @@ class JTDMoE:
             state, lambda m: halves(m).robust, x_BCHW, y_B, self.attack, self.robustify
         )
         with resting(halves(state.model).standard):
-            losses = state.minimize(terms, {"robust": 1.0, "steady": self.beta}, "robust")
+            losses = state.minimize(terms, {"robust": 1.0, "consistency": self.beta}, "robust")
         watch_router(state, "robust")
         return losses
 

@@ -66,7 +66,7 @@ class RTER:
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
         terms = rt_er_terms(state, lambda m: m, x_BCHW, y_B, self.attack, self.robustify)
-        return state.minimize(terms, {"robust": 1.0, "steady": self.beta}, *GROUPS)
+        return state.minimize(terms, {"robust": 1.0, "consistency": self.beta}, *GROUPS)
 
 
 def rt_er_terms(
@@ -90,8 +90,8 @@ def rt_er_terms(
         routed = net(x_adv)
         state.watch("router scores", routed.router.abs().amax())
         found = {"robust": state.cross_entropy(routed.logits, y_B)}
-        steady = [kl(net.along(x_BCHW, to), net.along(x_moved, to)) for to, x_moved in moved]
-        return found | ({"steady": torch.stack(steady).sum()} if steady else {})
+        consistency = [kl(net.along(x_BCHW, to), net.along(x_moved, to)) for to, x_moved in moved]
+        return found | ({"consistency": torch.stack(consistency).sum()} if consistency else {})
 
     return terms
 

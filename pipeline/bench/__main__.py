@@ -17,6 +17,7 @@ from pipeline.bench import BENCHMARKS, LONG
 from pipeline.bench.race import Benchmark, RaceResult, race
 from pipeline.bench.settings import Settings, read_settings
 from pipeline.cli.arguments import main, read_arguments
+from pipeline.nearest_names import unknown
 from pipeline.tracking.open_run import commit
 
 USAGE = """
@@ -44,7 +45,7 @@ def run(argv: list[str]) -> int:
     given = read_arguments(argv, usage=USAGE.rstrip() + "\n" + defaults, flags=("--list",))
     for name in given.names:
         if name not in BENCHMARKS:
-            raise ValueError(f"no benchmark {name!r}, only {', '.join(BENCHMARKS)}")
+            raise unknown("benchmark", name, BENCHMARKS)
     if "--list" in given.flags:
         print("\n".join(BENCHMARKS))
         return 0

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from moe.backbones import BACKBONES, Backbone, RouterScope
 from moe.network import Network
 from pipeline.config.overrides import parse
+from pipeline.nearest_names import unknown
 
 CLASSES = 10
 
@@ -57,7 +58,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
-            raise ValueError(f"no backbone {self.backbone!r}, only {', '.join(BACKBONES)}")
+            raise unknown("backbone", self.backbone, BACKBONES)
         lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0}
         lowest |= {"attacked": 2, "epochs": 2}
         whole = (*lowest, "updates", "rounds", "threads")
@@ -105,7 +106,7 @@ def read_settings(given: Mapping[str, str]) -> Settings:
     known = [field.name for field in fields(Settings)]
     for key, text in given.items():
         if key not in known:
-            raise ValueError(f"no key {key!r}, only {', '.join(known)}")
+            raise unknown("key", key, known)
         values[key] = parse(key, text, hints[key])
     return Settings(**values)
 

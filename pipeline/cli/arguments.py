@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from pipeline.nearest_names import unknown
+
 ENVIRONMENT = {  # set before ray and mlflow are imported; what the user has set stays
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # in a job, what the driver passes on is added to its own
@@ -57,7 +59,7 @@ def read_arguments(
             raise SystemExit(0)
         if word.startswith("-"):
             if word not in flags:
-                raise ValueError(f"no option {word}, only {', '.join(['--help', *flags])}")
+                raise unknown("option", word, ["--help", *flags])
             given.add(word)
         elif "=" in word:
             key, _, value = word.partition("=")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +13,7 @@ from pipeline.algorithms import ALGORITHMS
 from pipeline.attacks import ATTACKS
 from pipeline.config.worker_range import Elastic, read_workers
 from pipeline.data import DATASETS
+from pipeline.nearest_names import unknown
 
 C = TypeVar("C")
 
@@ -63,10 +64,8 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
     hints = typing.get_type_hints(type(node))
     for path, value in changes.items():
         name, _, rest = path.partition(".")
-        if name not in (known := [field.name for field in fields(node)]):  # type: ignore[arg-type]
-            raise ValueError(
-                f"no key {prefix + name!r}, only {', '.join(prefix + k for k in known)}"
-            )
+        if name not in [field.name for field in fields(node)]:  # type: ignore[arg-type]
+            raise unknown("key", prefix + path, _keys(node, prefix))
         if rest:
             inner.setdefault(name, {})[rest] = value
         elif name in REGISTRIES:
@@ -87,10 +86,19 @@ def override(node: C, changes: Mapping[str, Any], prefix: str = "") -> C:
         raise ValueError(prefix + str(error)) from None
 
 
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    """Name every dotted key of a config."""
+    for field in fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        yield key
+        if is_dataclass(value):
+            yield from _keys(value, f"{key}.")
+
+
 def _switch(prefix: str, name: str, value: Any, old: Any, own: set[str]) -> Any:
     """Change a component; ``own`` are the keys that are set anyway, and so not kept."""
     if value not in (registry := REGISTRIES[name]):
-        raise ValueError(f"no {prefix + name} {value!r}, only {', '.join(registry)}")
+        raise unknown(prefix + name, value, registry)
     kind = registry[value]
     if type(old) is kind:
         return old

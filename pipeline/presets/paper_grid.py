@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from moe.backbones import BACKBONES, dense_twin
+from moe.backbones import BACKBONES, Backbone, dense_twin
 from moe.cost import Cost, cost
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override
 from pipeline.data import DATASETS
+from pipeline.nearest_names import unknown
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Row:
         mixture: Whether there are experts and a router.
         words: What it is.
         paper: Where it is from.
+        color, marker: Of its points in plots, as matplotlib writes them; an empty color is the
+            next one of a cycle.
+        passes: Forward passes F of an update, per attack step and besides, with F for a gradient
+            of the image and 2 F for one of the weights: an attack step costs 2 F, the clean output
+            F, and the loss on two images 6 F.
     """
 
     title: str
@@ -40,23 +46,47 @@ class Row:
     mixture: bool
     words: str
     paper: str = "arXiv:2308.10110"
+    color: str = ""
+    marker: str = "P"
+    passes: tuple[int, int] = (2, 7)
 
 
 ROWS: dict[str, Row] = {
-    "dense": Row("AT (Dense)", "trades", False, False, "the net at its full width"),
-    "s_dense": Row("AT (S-Dense)", "trades", True, False, "every width scaled by the ratio"),
-    "sparse": Row("AT (Sparse)", "sparse", True, False, "channels pruned under the robust loss"),
-    "moe_at": Row("AT (MoE)", "moe_at", True, True, "router and experts stepped together"),
-    "adv_moe": Row("AdvMoE", "adv_moe", True, True, "router and experts stepped in turn"),
+    "dense": Row(
+        *("AT (Dense)", "trades", False, False, "the net at its full width"),
+        color="C7",
+        marker="s",
+    ),
+    "s_dense": Row(
+        *("AT (S-Dense)", "trades", True, False, "every width scaled by the ratio"),
+        color="C0",
+        marker="v",
+    ),
+    "sparse": Row(
+        *("AT (Sparse)", "sparse", True, False, "channels pruned under the robust loss"),
+        color="C2",
+        marker="^",
+    ),
+    "moe_at": Row(
+        *("AT (MoE)", "moe_at", True, True, "router and experts stepped together"),
+        color="C1",
+        marker="D",
+    ),
+    "adv_moe": Row(
+        *("AdvMoE", "adv_moe", True, True, "router and experts stepped in turn"),
+        color="C3",
+        marker="o",
+        passes=(4, 14),  # both phases
+    ),
     "rt_er_layers": Row(
-        "RT-ER",
-        "rt_er",
-        True,
-        True,
-        "the second-ranked pathway made robust too",
-        "arXiv:2502.06832",
+        *("RT-ER", "rt_er", True, True, "the second-ranked pathway made robust too"),
+        paper="arXiv:2502.06832",
+        color="C4",
+        marker="X",
+        passes=(4, 9),  # two attacks, and the loss on three images
     ),
 }
+"""Rows of the tables by name. A new one is a line here: report, grid, sweep and tune follow."""
 CLAIMS = {
     "arXiv:2308.10110": "The paper claims 1 to 4 points more robust accuracy than the dense net at "
     "less than half its cost over this grid; its tables could not be had.",
@@ -77,8 +107,6 @@ PAPER: dict[str, dict[str, str]] = {
         "imagenet": "ImageNet",
     },
 }
-FORMED = tuple(name for name in BACKBONES if name not in ("vit", "dual"))
-"""Backbones that every row has a form of: vit is dense alone, and dual is two networks."""
 RADII = {"tiny_imagenet": 4.0, "imagenet": 4.0, "digits": 25.5}
 """L-infinity radius in 255ths; 8 elsewhere. Larger images get the 4 of public ImageNet boards."""
 RECIPES: dict[str, dict[str, Any]] = {
@@ -115,21 +143,18 @@ def cell(
         num_experts: Experts of the mixtures; the other rows ignore it.
 
     Raises:
-        ValueError: There is no such backbone, dataset or algorithm, or a number is out of range.
+        ValueError: There is no such backbone, dataset or algorithm, the backbone has no such form,
+            or a number is out of range.
     """
     for key, name, known in (
-        ("backbone", backbone, FORMED),
+        ("backbone", backbone, BACKBONES),
         ("dataset", dataset, DATASETS),
         ("algorithm", algorithm, offered_rows()),
     ):
         if name not in known:
-            raise ValueError(f"no {key} {name!r}, only {', '.join(known)}")
+            raise unknown(key, name, known)
     row, radius = ROWS[algorithm], RADII.get(dataset, 8.0)
-    form = {"num_experts": num_experts if row.mixture else 1, "ratio": ratio if row.narrow else 1.0}
-    try:
-        net = BACKBONES[backbone](**form)
-    except ValueError as error:
-        raise ValueError(f"backbone.{error}") from None
+    net = form_of(backbone, num_experts if row.mixture else 1, ratio if row.narrow else 1.0)
     config = Config(
         name=f"{algorithm}_{dataset}_{backbone}",
         dataset=DATASETS[dataset](),
@@ -146,6 +171,24 @@ def cell(
     }
     settings |= RECIPES.get(dataset, {}) | (SHORT if backbone == "small" else {})
     return override(config, held(config, settings))
+
+
+def form_of(name: str, num_experts: int, ratio: float) -> Backbone:
+    """Make a backbone of a width and a number of experts.
+
+    Raises:
+        ValueError: It has no such form: a net without mixture layers, or one of several networks.
+    """
+    wanted = {"num_experts": num_experts, "ratio": ratio}
+    kind: Any = BACKBONES[name]
+    try:
+        net: Backbone = kind(**{f.name: wanted[f.name] for f in fields(kind) if f.name in wanted})
+    except ValueError as error:
+        raise ValueError(f"backbone.{error}") from None
+    for key, value in wanted.items():
+        if (own := getattr(net, key)) != value:
+            raise ValueError(f"backbone={name} has {key} {own}, and no form with {value}")
+    return net
 
 
 def held(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +209,7 @@ def offered(axis: str) -> tuple[str, ...]:
 
 
 def costs(config: Config) -> tuple[Cost, Cost]:
-    """Count the net of a run, and its dense twin (one expert, ratio 1), on one image."""
+    """Count the multiply-accumulates of a run's net, and of its dense twin, on one image."""
     size, classes = config.dataset.image_size, config.dataset.num_classes
     backbone: Any = config.backbone
     return _count(backbone, classes, size), _count(dense_twin(backbone), classes, size)
@@ -202,12 +245,12 @@ class Cell:
 
     def label(self) -> str:
         """Write the lab label: paper, command, settings, and the cost, which is counted now."""
-        config = self()
+        config, row = self(), ROWS[self.algorithm]
         parts = (
             f"``python -m pipeline.train {self.name}``.",
             _settings(config),
-            _expense(config, self.algorithm),
-            f"{CLAIMS[ROWS[self.algorithm].paper]} Not run to the end by us.",
+            _expense(config, row),
+            f"{CLAIMS.get(row.paper, '')} Not run to the end by us.".strip(),
         )
         return f"{self.headline}\n\n" + textwrap.fill(" ".join(parts), 96)
 
@@ -233,25 +276,20 @@ def _settings(config: Config) -> str:
     )
 
 
-def _expense(config: Config, algorithm: str) -> str:
+def _expense(config: Config, row: Row) -> str:
     """Say what one image costs, and what it costs to train on it once.
 
-    An update reckoned in forward passes F, with F for a gradient of the image and 2 F for one of
-    the weights: k attack steps 2 k F, the clean output F, the loss on both images 6 F. AdvMoE does
-    all of it for each of its two phases; a pruned net trains at its full width first. RT-ER attacks
-    twice, and has the loss on three images: 4 k F and 9 F.
+    A pruned net trains at its full width first.
     """
     own, dense = costs(config)
     router = f", {own.gmac_router:.3g} of them the router's" if own.gmac_router else ""
     text = (
         f"One image costs {own.gmac:.4g} GMAC{router}, {own.gmac / dense.gmac:.3f} of the dense "
-        f"net's; {own.params / 1e6:.3g} M parameters."
+        f"net's; {own.params / 1e6:.3g} M parameters. Training:"
     )
-    passes = 2 * config.algorithm.attack.steps + 7  # type: ignore[attr-defined]
-    if algorithm == "rt_er_layers":
-        passes = 4 * config.algorithm.attack.steps + 9  # type: ignore[attr-defined]
-    if algorithm == "sparse":
-        top = f"{passes * dense.gmac:.3g} GMAC an image and epoch until the channels are cut"
-        return f"{text} Training: {top}, {passes * own.gmac:.3g} after."
-    phases = 2 if algorithm == "adv_moe" else 1
-    return f"{text} Training: about {phases * passes * own.gmac:.3g} GMAC an image and epoch."
+    per_step, besides = row.passes
+    passes = per_step * config.algorithm.attack.steps + besides  # type: ignore[attr-defined]
+    if row.algorithm == "sparse":
+        top = f"{passes * dense.gmac:.3g} GMAC per image and epoch until the channels are cut"
+        return f"{text} {top}, {passes * own.gmac:.3g} after."
+    return f"{text} about {passes * own.gmac:.3g} GMAC per image and epoch."

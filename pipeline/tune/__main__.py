@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.preflight import capacity, preflight
 from pipeline.distributed.worker_group import cause
+from pipeline.nearest_names import unknown
 from pipeline.storage.run_folder import check_lasting, owned, set_aside, shown
 from pipeline.tune.finalists import judge_finalists
 from pipeline.tune.search import next_point
@@ -80,7 +81,7 @@ def show_spaces(names: tuple[str, ...], say: Say) -> int:
     """Print the spaces, or the keys of one."""
     for name in names[:1] or SPACES:
         if name not in SPACES:
-            raise ValueError(f"no space {name!r}, only {', '.join(SPACES)}")
+            raise unknown("space", name, SPACES)
         space = SPACES[name]
         size = f"grid of {space.points}" if space.points else f"{space.num_samples} samples"
         say(f"{name}: {space.title} ({space.preset}, {size})")

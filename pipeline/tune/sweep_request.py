@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
 from pipeline.config.worker_range import Elastic
+from pipeline.nearest_names import unknown
 from pipeline.presets import PRESETS
 from pipeline.presets.paper_grid import costs
 from pipeline.storage.run_folder import run_folder
@@ -134,11 +135,11 @@ def read_request(names: tuple[str, ...], settings: Mapping[str, str]) -> SweepRe
     if not names:
         raise ValueError(f"which space? one of {', '.join(SPACES)}")
     if (name := names[0]) not in SPACES:
-        raise ValueError(f"no space {name!r}, only {', '.join(SPACES)}")
+        raise unknown("space", name, SPACES)
     space = SPACES[name]
     preset = names[1] if len(names) > 1 else space.preset
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}, only {', '.join(PRESETS)}")
+        raise unknown("preset", preset, PRESETS)
     own = {key: parse(key, settings[key], kind) for key, kind in OWN.items() if key in settings}
     rest = {key: value for key, value in settings.items() if key not in OWN}
     base = override(PRESETS[preset](), {"workers": space.workers, **rest})

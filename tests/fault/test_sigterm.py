@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import time
 from pipeline.config import Config
-from pipeline.train import ray_cluster, stoppable
+from pipeline.distributed.cluster import ray_cluster, stoppable
 
 with stoppable(), ray_cluster(Config(), lambda config: None):
     try:

@@ -122,9 +122,9 @@ def mlflow_runs(home: Path) -> list[tuple[str, dict[str, str], dict[str, list[in
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], r"no preset 'nothing', only quickstart"),
-        (["wrong=1"], r"no key 'wrong', only dataset"),
-        (["algorithm.wrong=1"], r"no key 'algorithm.wrong', only algorithm.beta"),
+        (["nothing"], r"no preset 'nothing'; nearest: "),
+        (["wrong=1"], r"no key 'wrong'; nearest: "),
+        (["algorithm.wrong=1"], r"no key 'algorithm.wrong'; nearest: algorithm."),
         (["backbone.ratio=0"], r"backbone.ratio must be above 0 and at most 1, got 0.0"),
         (["backbone.num_experts=0"], r"backbone.num_experts must be at least 1, got 0"),
         (["batch_size=33"], r"batch_size must be a multiple of workers \(2\), got 33"),

@@ -118,7 +118,7 @@ def test_rt_er_is_its_slow_definition(gate: str, robustify: Any) -> None:
     before = copy.deepcopy(slow)
     robust, steady = slow_rt_er(slow, x_BCHW, y_B, robustify)
     torch.testing.assert_close(losses["robust"], robust.detach(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(losses["steady"], steady.detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(losses["consistency"], steady.detach(), rtol=0, atol=1e-9)
     assert steady > 0
     close_step(model, before, gradients(slow, robust + BETA * steady))
 
@@ -145,7 +145,7 @@ def test_jtdmoe_is_its_slow_definition(mix: str) -> None:
     log_BK = mixed_BK.log() if mix == "probabilities" else mixed_BK.log_softmax(1)
     natural = -log_BK[torch.arange(len(y_B)), y_B].mean()
     torch.testing.assert_close(losses["natural"], natural.detach(), rtol=0, atol=1e-9)
-    assert set(losses) == {"robust", "steady", "natural"}
+    assert set(losses) == {"robust", "consistency", "natural"}
     slopes |= {k: v for k, v in gradients(slow, natural).items() if k.startswith("standard.")}
     close_step(model, before, slopes)
 

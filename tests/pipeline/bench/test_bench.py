@@ -176,16 +176,16 @@ def test_list_and_help_name_the_benchmarks_and_the_keys(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["training"], "no benchmark 'training', only inference, step"),
+        (["training"], "no benchmark 'training'; nearest: "),
         (["inference", "step"], "at most 1 name"),
-        (["batchsize=3"], "no key 'batchsize', only backbone, num_experts, ratio"),
+        (["batchsize=3"], "no key 'batchsize'; nearest: batch"),
         (["batch=many"], "batch must be a whole number, got 'many'"),
         (["batch=1"], "batch must be at least 2, got 1"),
         (["rounds=0"], "rounds must be at least 1, got 0"),
         (["attack_share=2"], "attack_share must be above 0 and at most 1, got 2"),
         (["num_experts=1"], "num_experts must be at least 2, got 1"),
         (["ratio=0"], "ratio must be above 0 and at most 1, got 0"),
-        (["backbone=resnet"], "no backbone 'resnet', only resnet18, small"),
+        (["backbone=resnet"], "no backbone 'resnet'; nearest: resnet18"),
         (["router_loss=x"], "router_loss must be one of trades, pseudo_label, got 'x'"),
     ],
 )

@@ -24,7 +24,7 @@ from pipeline.grid.__main__ import run as grid
 from pipeline.grid.cell_log import CellRecord
 from pipeline.grid.grid_request import read_request
 from pipeline.presets import PRESETS, headline, label
-from pipeline.presets.paper_grid import RADII, ROWS, cell, cells, costs, held, offered
+from pipeline.presets.paper_grid import RADII, ROWS, Row, cell, cells, costs, held, offered
 from pipeline.storage.run_folder import check_lasting, owned
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 
@@ -81,12 +81,27 @@ def test_label_says_the_command_the_settings_and_the_cost_that_is_counted() -> N
 
 
 def test_unknown_cells_are_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match="no backbone 'mobilenet', only resnet18"):
+    with pytest.raises(ValueError, match="no backbone 'mobilenet'; nearest: "):
         cell("mobilenet", "cifar10", "adv_moe")
-    with pytest.raises(ValueError, match="no algorithm 'trades', only dense, s_dense"):
+    with pytest.raises(ValueError, match="no algorithm 'trades'; nearest: "):
         cell("small", "cifar10", "trades")
     with pytest.raises(ValueError, match=r"backbone\.ratio must be above 0"):
         cell("small", "cifar10", "s_dense", ratio=0.0)
+    with pytest.raises(ValueError, match=r"backbone\.num_experts must be 1"):
+        cell("lipschitz", "cifar10", "adv_moe")
+    with pytest.raises(ValueError, match=r"backbone=dual has num_experts 16, and no form with 1"):
+        cell("dual", "cifar10", "dense")
+
+
+def test_row_of_the_tables_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cell, preset, label and cost follow from the line; for its plot see the report's test."""
+    row = Row("Plain PGD", "pgd_training", False, False, "cross-entropy", "arXiv:1706.06083")
+    monkeypatch.setitem(ROWS, "plain", row)
+    assert flatten(cell("small", "digits", "plain"))["algorithm"] == "pgd_training"
+    assert read_request({"algorithm": "plain", "dataset": "digits", "backbone": "small"}).configs
+    (found, *_) = [each for each in cells() if each.algorithm == "plain"]
+    assert "Plain PGD on CIFAR-10 with ResNet-18" in found.label()
+    assert "Training: about" in found.label()
 
 
 # The request
@@ -113,10 +128,13 @@ def test_settings_reach_the_cells_that_have_them() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("backbone=smalll", "no backbone 'smalll', only resnet18"),
+        ("backbone=smalll", "no backbone 'smalll'; nearest: small"),
         ("algorithm=dense,dense", "algorithm names one twice: dense,dense"),
-        ("wrong=1", "no key 'wrong', only dataset"),
-        ("algorithm=dense algorithm.router_loss=trades", "no key 'algorithm.router_loss', only"),
+        ("wrong=1", "no key 'wrong'; nearest: "),
+        (
+            "algorithm=dense algorithm.router_loss=trades",
+            "no key 'algorithm.router_loss'; ",
+        ),
         ("algorithm=dense backbone.ratio=0.5", r"backbone\.ratio changes none of dense"),
         ("algorithm=s_dense backbone.num_experts=4", "num_experts changes none of s_dense"),
         ("seed=0,x", "seed must be a whole number, got 'x'"),
@@ -338,7 +356,7 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
         return started[-1]
 
     def interrupt_once_all_are_there(_: float) -> None:
-        there = [run.log.exists() and run.log.read_text() == "ready" for run in started]
+        there = [run.output.exists() and run.output.read_text() == "ready" for run in started]
         if all(there) and len(started) == 2:
             monkeypatch.setattr(scheduler.time, "sleep", sleep)
             raise KeyboardInterrupt
@@ -349,7 +367,7 @@ def test_an_interrupt_ends_every_process_before_it_is_passed_on(
     monkeypatch.setattr(scheduler.time, "sleep", interrupt_once_all_are_there)
     with pytest.raises(KeyboardInterrupt):
         scheduler.drive(log, [0, 1, 2], 2, address="", say=lambda _: None)  # type: ignore[arg-type]
-    assert [run.log.read_text() for run in started] == ["stopped", "stopped"]
+    assert [run.output.read_text() for run in started] == ["stopped", "stopped"]
     assert [run.process.poll() for run in started] == [1, 1]
     assert log.stops == [0, 1]
 

@@ -125,9 +125,9 @@ def test_name_with_the_marks_of_a_uri_is_kept(storage: str, tmp_path: Path) -> N
 def test_node_says_why_it_cannot_use_the_store(storage: str) -> None:
     bucket = Bucket(Remote(storage))
     assert reachable(bucket, "mark") == "does not see what the driver wrote there"
-    object_store.write("mark", b"0")
+    bucket.write("mark", b"0")
     assert reachable(bucket, "mark") == ""
-    assert object_store.files() == ["mark"], "nothing is left"
+    assert bucket.files() == ["mark"], "nothing is left"
 
 
 @pytest.mark.parametrize(

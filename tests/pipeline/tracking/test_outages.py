@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline import train
+from pipeline.distributed.cluster import stoppable
 from pipeline.grid import __main__ as grid
 from pipeline.tracking import OutageError, Tracker, download, send_rest, strictly
 from tests.helpers.servers import Mlflow, Postgres, Proxy, closed_port, points, wait_until
@@ -220,7 +221,7 @@ def test_strict_run_ends_when_its_server_is_away_for_longer_than_the_bound(
         tell(tracker, range(3))
         with (
             pytest.raises(OutageError, match="nobody is there"),
-            train.stoppable(),
+            stoppable(),
             strictly(tracker),
         ):
             threading.Event().wait(60)

@@ -40,8 +40,8 @@ def request(*words: str, names: tuple[str, ...] = NAMES) -> SweepRequest:
     ("words", "message"),
     [
         ("", "which space"),
-        ("adv", "no space 'adv', only adv_moe"),
-        ("adv_moe quick", "no preset 'quick', only quickstart"),
+        ("adv", "no space 'adv'; nearest: adv_moe"),
+        ("adv_moe quick", "no preset 'quick'; nearest: quickstart"),
         ("adv_moe quickstart num_samples=0", "num_samples must be at least 1, got 0"),
         ("adv_moe quickstart concurrent=0", "concurrent must be at least 1, got 0"),
         ("adv_moe quickstart finalists=-1", "finalists must be at least 0, got -1"),
@@ -324,7 +324,8 @@ def test_killed_driver_and_the_same_command_finish_the_sweep(command: Command) -
     assert all(watched[name][epoch - 1] == value for name, epoch, value in reports)
     expected = stops(reports, 2, grace=1, reduction=2)
     assert {n for n, status in statuses.items() if status == "stopped"} == set(expected)
-    assert set(statuses.values()) == {"finished", "stopped", "infeasible"}, "choose another seed"
+    found = set(statuses.values())  # whether one is stopped early is up to a CPU's last digits
+    assert {"finished", "infeasible"} <= found <= {"finished", "stopped", "infeasible"}
 
     latest = resolve_run(f"sqlite:///{command.home}/mlflow.db", "latest", "robust-moe")
     assert latest in {run.info.run_id for run in children.values()}  # the parent has no model
@@ -369,10 +370,10 @@ def test_two_trials_at_a_time_share_two_cpus_and_a_finalist_meets_the_test_split
     assert max(starts) < min(out.index(f"[00{trial}] finished") for trial in (0, 1))
     _, children, client = runs_of(command.home)
     judged = [run for run in children.values() if "test/ra_worst" in run.data.metrics]
-    best = max(children.values(), key=lambda run: run.data.metrics["val/ra_worst"])
-    assert [run.info.run_id for run in judged] == [best.info.run_id]
+    best = max(run.data.metrics["val/ra_worst"] for run in children.values())
+    assert [run.data.metrics["val/ra_worst"] for run in judged] == [best]  # the first of a tie
     assert judged[0].info.status == "FINISHED"
-    assert "card.md" in {file.path for file in client.list_artifacts(best.info.run_id)}
+    assert "card.md" in {file.path for file in client.list_artifacts(judged[0].info.run_id)}
 
 
 @pytest.mark.parametrize(
