@@ -111,9 +111,9 @@ class MoEMlp(nn.Module):
         self.slots = settings.slots(tokens)
         self.router = TokenRouter(width, experts, kind=settings.router, slots=self.slots)
         self.up_EHD = nn.Parameter(torch.empty(experts, hidden, width))
-        self.up_EH = nn.Parameter(torch.zeros(experts, hidden))
+        self.up_bias = nn.Parameter(torch.zeros(experts * hidden))
         self.down_EDH = nn.Parameter(torch.empty(experts, width, hidden))
-        self.down_ED = nn.Parameter(torch.zeros(experts, width))
+        self.down_bias = nn.Parameter(torch.zeros(experts * width))
         for weight in (self.up_EHD, self.down_EDH):
             nn.init.trunc_normal_(weight, std=0.02)
             if settings.identical:
@@ -123,6 +123,13 @@ class MoEMlp(nn.Module):
     def num_experts(self) -> int:
         """E."""
         return self.settings.num_experts
+
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights and biases of all experts: (E, H, D), (E, H), (E, D, H), (E, D)."""
+        biases = (b.view(self.num_experts, -1) for b in (self.up_bias, self.down_bias))
+        up_EH, down_ED = biases
+        return self.up_EHD, up_EH, self.down_EDH, down_ED
 
     def forward(self, x_BTD: Tensor, routing: TokenRouting) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
@@ -148,15 +155,18 @@ class MoEMlp(nn.Module):
             noise_std = settings.noise_std
             noise_NE = routing.normal(scores_BTE).flatten(0, 1)
             noisy_NE = scores_NE + noise_std / self.num_experts * noise_NE
-        chosen_NC, gates_NC = token_gates(
-            noisy_NE, settings.top_k, renormalize=settings.renormalize
-        )
+        chosen_NC, gates_NC = self._choose(noisy_NE, scores_BTE.shape[1])
         if self.router.training and routing is not None:
             routing.balance.append(balance_statistics(scores_NE, noisy_NE, chosen_NC, noise_std))
-        if settings.couples:
-            kept_NC = self._kept(chosen_NC, gates_NC.detach(), scores_BTE.shape[1])
-            gates_NC = gates_NC * kept_NC
         return TokenRoute.of(chosen_NC, gates_NC, self.num_experts)
+
+    def _choose(self, scores_NE: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        chosen_NC, gates_NC = token_gates(
+            scores_NE, self.settings.top_k, renormalize=self.settings.renormalize
+        )
+        if self.settings.couples:
+            gates_NC = gates_NC * self._kept(chosen_NC, gates_NC.detach(), tokens)
+        return chosen_NC, gates_NC
 
     def slot_route(self, scores_BTS: Tensor) -> SlotRoute:
         """Route by expert choice or Soft MoE."""
@@ -168,9 +178,8 @@ class MoEMlp(nn.Module):
         """Weight of every expert in each token's output as it is deployed, (N, E)."""
         if self.settings.router != "top_k":
             return self.slot_route(scores_BTS).expert_weights.flatten(0, 1)
-        route = self.route(scores_BTS)
-        zeros_NE = route.gates_NC.new_zeros(len(route.gates_NC), self.num_experts)
-        return zeros_NE.scatter(1, route.chosen_NC, route.gates_NC)
+        chosen_NC, gates_NC = self._choose(scores_BTS.flatten(0, 1), scores_BTS.shape[1])
+        return torch.zeros_like(scores_BTS.flatten(0, 1)).scatter(1, chosen_NC, gates_NC)
 
     def _kept(self, chosen_NC: Tensor, gates_NC: Tensor, tokens: int) -> Tensor:
         size, settings = self.settings.group * tokens, self.settings
@@ -223,7 +232,7 @@ class MoEMlp(nn.Module):
 
     def experts(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
         """Run each expert on its slice of sorted rows, (P, D)."""
-        stacks = (self.up_EHD, self.up_EH, self.down_EDH, self.down_ED)
+        stacks = self.stacks
         if x_PD.is_cuda and (dtype := grouped_dtype(x_PD)) is not None:
             return grouped_mlp(x_PD.to(dtype), counts_E, *(stack.to(dtype) for stack in stacks))
         # unbind: indexing weight[e] costs a full-size zero gradient for each expert

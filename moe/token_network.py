@@ -122,6 +122,12 @@ class TokenNetwork(Network):
         self._run(x_BCHW, routing)
         return torch.cat(routing.raw, 1)
 
+    def decisions(self, route: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Say who decided what: each layer's router its tokens' first choices."""
+        layers = torch.split(route, self.tokens, 1)
+        names = (f"router of {name.removeprefix('body.')}" for name in self.mixtures)
+        return {n: (own, self.num_experts) for n, own in zip(names, layers, strict=True)}
+
     def router_scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts for each decision on pixels in [0, 1], (B, M, E)."""
         scores_BME: Tensor = self(x_BCHW).router

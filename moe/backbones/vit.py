@@ -97,7 +97,6 @@ class TransformerBlock(nn.Module):
         if self.mlp is None:
             y_BTD: Tensor = x_BTD + self.down(F.gelu(self.up(z_BTD)))
         else:
-            assert isinstance(routing, TokenRouting)
             y_BTD = x_BTD + self.mlp(z_BTD, routing)
         return y_BTD
 
@@ -184,8 +183,8 @@ class TransformerBody(nn.Module):
                 if found.shape[1] != 1 + self.grid**2:
                     found = _resampled(found, self.grid)
                 found = found[:, -self.tokens :]
-            if ".mlp." in name and found.shape == target.shape[1:]:
-                found = found.expand_as(target)
+            if ".mlp." in name:
+                found = every_expert(found, target)
             if found.shape != target.shape:
                 raise ValueError(
                     f"{theirs} has shape {tuple(found.shape)}, want {tuple(target.shape)}: "
@@ -194,6 +193,14 @@ class TransformerBody(nn.Module):
             target.copy_(found)
         if left:
             raise ValueError(f"weights hold {sorted(left)[0]}, which this network has not")
+
+
+def every_expert(dense: Tensor, stack: Tensor) -> Tensor:
+    """Repeat a dense layer's weight or bias for each expert of a stack, where its shape fits."""
+    copies, rest = divmod(stack.numel(), dense.numel())
+    if rest or stack.shape[-1] not in (dense.shape[-1], stack.numel()):
+        return dense
+    return dense.repeat(copies, *[1] * (dense.dim() - 1)).view_as(stack)
 
 
 def timm_name(name: str) -> str:
@@ -205,9 +212,9 @@ def timm_name(name: str) -> str:
         (".attention.out.", ".attn.proj."),
         (".attention.", ".attn."),
         (".mlp.up_EHD", ".up.weight"),
-        (".mlp.up_EH", ".up.bias"),
+        (".mlp.up_bias", ".up.bias"),
         (".mlp.down_EDH", ".down.weight"),
-        (".mlp.down_ED", ".down.bias"),
+        (".mlp.down_bias", ".down.bias"),
         (".up.", ".mlp.fc1."),
         (".down.", ".mlp.fc2."),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from moe.backbones import Backbone
 from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
+from moe.backbones.vit import ViT
 from pipeline.algorithms import Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.jtdmoe import JTDMoE
@@ -42,8 +44,15 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
-LATER = {"norm_bound": 0.0}
+LATER = {"norm_bound": 0.0, "algorithm.attack_auxiliary_loss": False}
 """Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
+LATER_OF_VIT = {
+    field.name: field.default
+    for field in dataclasses.fields(ViT)
+    if field.name not in (*"num_experts ratio router_scope size patch pixels".split(),)
+    and not field.name.startswith("weights")
+}
+"""The same of the fields of a vision transformer, wherever it is in a backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +233,16 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        flat = {k: v for k, v in flatten(self).items() if k not in LATER or v != LATER[k]}
+        whole = flatten(self)
+        flat = {k: v for k, v in whole.items() if not _came_later(k, v, whole)}
         deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _came_later(key: str, value: Any, flat: Mapping[str, Any]) -> bool:
+    owner, _, name = key.rpartition(".")
+    known = LATER_OF_VIT if flat.get(owner) == "vit" else {}
+    return (key in LATER and LATER[key] == value) or (name in known and known[name] == value)
 
 
 def read(flat: Mapping[str, Any]) -> Config:

@@ -19,8 +19,8 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 def every_expert(layer: MoEMlp, x_BTD: Tensor) -> Tensor:
     """Outputs of all experts for all tokens, (B, T, E, D)."""
-    h = torch.einsum("btd,ehd->bteh", x_BTD, layer.up_EHD) + layer.up_EH
-    return torch.einsum("bteh,edh->bted", F.gelu(h), layer.down_EDH) + layer.down_ED
+    h = torch.einsum("btd,ehd->bteh", x_BTD, layer.up_EHD) + layer.stacks[1]
+    return torch.einsum("bteh,edh->bted", F.gelu(h), layer.down_EDH) + layer.stacks[3]
 
 
 def masked(layer: MoEMlp, x_BTD: Tensor, normal: Tensor | None = None) -> Tensor:
@@ -89,9 +89,9 @@ def test_experts_that_no_token_chose_get_a_zero_gradient() -> None:
     x_BTD[..., 0] = 1.0
     layer.router.weight_SD.data[2, 0] += 100.0
     layer(x_BTD, TokenRouting()).sum().backward()
-    for stack in (layer.up_EHD, layer.up_EH, layer.down_EDH, layer.down_ED):
+    for stack in (layer.up_EHD, layer.up_bias, layer.down_EDH, layer.down_bias):
         assert stack.grad is not None
-        assert [bool(own.any()) for own in stack.grad] == [False, False, True, False]
+        assert [bool(own.any()) for own in stack.grad.chunk(4)] == [False, False, True, False]
 
 
 def test_noise_of_training_moves_the_choice_and_the_gates() -> None:
@@ -228,7 +228,7 @@ def test_grouped_products_equal_the_loop(device: str) -> None:
     layer = MoEMlp(32, 64, 6, TokenMixture(num_experts=4)).to(device, torch.bfloat16)
     x_PD = torch.randn(37, 32, device=device, dtype=torch.bfloat16)
     counts_E = torch.tensor([5, 0, 30, 2], device=device)
-    stacks = (layer.up_EHD, layer.up_EH, layer.down_EDH, layer.down_ED)
+    stacks = layer.stacks
     found = grouped_mlp(x_PD, counts_E, *stacks)
     rows = x_PD.float().split(counts_E.tolist())
     want = [
