@@ -129,8 +129,11 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
-        checkpoint.start(config, state.model)
-        return Progress()
+        progress, change = Progress(), checkpoint.start(config, state.model)
+        if change is not None:
+            progress.record(session, 0, {"upcycle/relative_change": change})
+            session.tell("note", text=f"upcycled: logits change by {change:.2g} of their norm")
+        return progress
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
     if stage := meta.get("stage", 0):
         begin(config, state, stage)

@@ -28,6 +28,7 @@ from moe.normalize import Normalize
 from moe.routing import Routing, at_least_float32
 from moe.token_network import TokenNetwork
 from moe.token_routing import AuxiliaryWeights, RouterKind, TokenRouting
+from moe.upcycling import dense_name, every_expert
 
 Size = Literal["micro", "tiny", "small", "base"]
 HEAD = 64  # width of one head
@@ -184,7 +185,7 @@ class TransformerBody(nn.Module):
                     found = _resampled(found, self.grid)
                 found = found[:, -self.tokens :]
             if ".mlp." in name:
-                found = every_expert(found, target)
+                found = every_expert(name, found, target)
             if found.shape != target.shape:
                 raise ValueError(
                     f"{theirs} has shape {tuple(found.shape)}, want {tuple(target.shape)}: "
@@ -195,26 +196,15 @@ class TransformerBody(nn.Module):
             raise ValueError(f"weights hold {sorted(left)[0]}, which this network has not")
 
 
-def every_expert(dense: Tensor, stack: Tensor) -> Tensor:
-    """Repeat a dense layer's weight or bias for each expert of a stack, where its shape fits."""
-    copies, rest = divmod(stack.numel(), dense.numel())
-    if rest or stack.shape[-1] not in (dense.shape[-1], stack.numel()):
-        return dense
-    return dense.repeat(copies, *[1] * (dense.dim() - 1)).view_as(stack)
-
-
 def timm_name(name: str) -> str:
     """Name one of our weights as timm does."""
+    name = dense_name(name)
     for ours, theirs in (
         ("token_11D", "cls_token"),
         ("position_1TD", "pos_embed"),
         ("patches.", "patch_embed.proj."),
         (".attention.out.", ".attn.proj."),
         (".attention.", ".attn."),
-        (".mlp.up_EHD", ".up.weight"),
-        (".mlp.up_bias", ".up.bias"),
-        (".mlp.down_EDH", ".down.weight"),
-        (".mlp.down_bias", ".down.bias"),
         (".up.", ".mlp.fc1."),
         (".down.", ".mlp.fc2."),
     ):

@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moe.backbones import Backbone
@@ -36,6 +37,7 @@ ELSEWHERE = (
         for half in ("", "standard.", "robust.")
         for net in ("", "expert.")
     ),
+    "upcycle",
     "storage",
     "tracking_uri",
     "experiment",
@@ -44,7 +46,7 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
-LATER = {"norm_bound": 0.0, "algorithm.attack_auxiliary_loss": False}
+LATER = {"norm_bound": 0.0, "upcycle_sha256": "", "algorithm.attack_auxiliary_loss": False}
 """Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
 LATER_OF_VIT = {
     field.name: field.default
@@ -85,6 +87,10 @@ class Config:
             each update; 0: any. See ``pipeline.optimization.norm_bound``.
         augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
         cutmix: Share of the images that get a box of another, with its share of the label.
+        upcycle: Checkpoint folder of a dense run whose layers the experts start as copies of;
+            ``pipeline.train`` takes a run's id too. Only the start of a run reads it, on every
+            worker. See ``moe.upcycling``.
+        upcycle_sha256: Of its weights, found when ``upcycle`` is a folder and this is not set.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
         checkpoint_steps: Save every so many updates too, not only after each epoch; 0: epochs only.
         storage: Folder of the run folders.
@@ -120,6 +126,8 @@ class Config:
     norm_bound: float = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
     cutmix: float = 0.0
+    upcycle: str = ""
+    upcycle_sha256: str = ""
     seed: int = 0
     checkpoint_steps: int = 0
     storage: str = "runs"
@@ -141,6 +149,12 @@ class Config:
                 f"batch_size must be at least {least} for {self.workers} worker(s), "
                 f"got {self.batch_size}"
             )
+        if self.upcycle and not self.upcycle_sha256:
+            weights = Path(self.upcycle) / "model.safetensors"
+            if weights.is_file():
+                with weights.open("rb") as opened:
+                    found = hashlib.file_digest(opened, "sha256").hexdigest()
+                object.__setattr__(self, "upcycle_sha256", found)
         self._check_rates()
         self._check_recipe()
         self._check_words()
