@@ -129,6 +129,18 @@ SHORT: dict[str, Any] = {  # ours: what serves the small net in the time of a la
 }
 
 
+OF_BACKBONE: dict[str, dict[str, Any]] = {
+    "small": SHORT,
+    "vit": {  # ours: what trains a transformer from nothing
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "warmup_epochs": 1.0,
+        "clip_norm": 1.0,
+    },
+}
+
+
 def cell(
     backbone: str, dataset: str, algorithm: str, *, ratio: float = 0.5, num_experts: int = 2
 ) -> Config:
@@ -169,7 +181,7 @@ def cell(
         "evaluation.eps": radius / 255,
         "evaluation.step_size": radius / 4 / 255,
     }
-    settings |= RECIPES.get(dataset, {}) | (SHORT if backbone == "small" else {})
+    settings |= RECIPES.get(dataset, {}) | OF_BACKBONE.get(backbone, {})
     return override(config, held(config, settings))
 
 

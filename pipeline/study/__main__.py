@@ -48,6 +48,7 @@ settings of pipeline.train (epochs=1, dataset.train_images=2000, ...).
 
   images=500          test images              eps=1,2,4,8   radii in 255ths
   steps=40            of each attack           seeds=1       trainings of each variant
+  attack=clipped      or released: that of the reference, which leaves [0, 1]
   num_experts=1,2,4   of experts and theory    top_k=1,2     of experts
   preset=NAME         what is trained (default: vmoe_cifar10_small)
   dataset.path, storage, tracking_uri, experiment as in pipeline.train

@@ -80,7 +80,7 @@ def accuracies(subject: Subject, settings: StudySettings) -> dict[float, dict[st
             clean_B = correct(m, x_BCHW, y_B)
             if not e:
                 return {"PGD": clean_B, "APGD": clean_B}
-            x_pgd = small_steps(m, x_BCHW, y_B, e / 255, settings.steps)
+            x_pgd = small_steps(m, x_BCHW, y_B, e / 255, settings)
             x_apgd = auto_pgd(m, x_BCHW, y_B, index_B, e / 255, settings.steps)
             return {
                 "PGD": clean_B & correct(m, x_pgd, y_B),

@@ -61,7 +61,7 @@ def routing(subjects: Sequence[Subject], settings: StudySettings) -> StudyResult
             def work(
                 x_BCHW: Tensor, y_B: Tensor, _: Tensor, m: Network = model, e: float = eps
             ) -> dict[str, Tensor]:
-                x_adv = small_steps(m, x_BCHW, y_B, e / 255, settings.steps) if e else x_BCHW
+                x_adv = small_steps(m, x_BCHW, y_B, e / 255, settings) if e else x_BCHW
                 with torch.no_grad():
                     clean, moved = m(x_BCHW), m(x_adv)
                     before, after = m.routing_scores(x_BCHW), m.routing_scores(x_adv)
@@ -164,7 +164,7 @@ def replace_experts(subjects: Sequence[Subject], settings: StudySettings) -> Stu
             m: Network = model,
             tried: dict[str, Variant] = own,
         ) -> dict[str, Tensor]:
-            x_adv = small_steps(m, x_BCHW, y_B, eps / 255, settings.steps)
+            x_adv = small_steps(m, x_BCHW, y_B, eps / 255, settings)
             found = {}
             with torch.no_grad():
                 for name, logits in tried.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from pipeline.optimization.losses import cross_entropy_per_image
 from pipeline.seeding import ImageNoise
 
 BATCH = 64
+GROUP = 4  # images of a group in the reference's attack
 Work = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """From pixels, labels and numbers of a batch to values with one row per image."""
 
@@ -36,6 +38,7 @@ class StudySettings:
         images: Test images.
         eps: Radii in 255ths.
         steps: Of the attack, T.
+        attack: ``clipped`` to [0, 1], images one by one, or ``released``, which is neither.
         seeds: Trainings of each variant, where a question trains.
         num_experts, top_k: Values of ``experts``.
         preset: What a question trains variants of, where no runs are given.
@@ -45,6 +48,7 @@ class StudySettings:
     images: int = 500
     eps: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     steps: int = 40
+    attack: Literal["clipped", "released"] = "clipped"
     seeds: int = 1
     num_experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     top_k: tuple[int, ...] = (1, 2)
@@ -55,6 +59,8 @@ class StudySettings:
         for name in ("images", "steps", "seeds"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.attack not in ("clipped", "released"):
+            raise ValueError(f"attack must be clipped or released, got {self.attack!r}")
         if not self.eps or min(self.eps) < 0:
             raise ValueError(f"eps must be one or more numbers of at least 0, got {self.eps}")
 
@@ -95,13 +101,30 @@ class Subject:
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def small_steps(model: Network, x_BCHW: Tensor, y_B: Tensor, eps: float, steps: int) -> Tensor:
+def small_steps(
+    model: Network, x_BCHW: Tensor, y_B: Tensor, eps: float, settings: StudySettings
+) -> Tensor:
     """Attack the cross-entropy by T steps of eps/T from the clean image (arXiv:2210.10253).
 
-    Clipped to [0, 1], images one by one; the reference does neither.
+    ``released``: pixels may leave [0, 1], and groups of four images share a mean loss, which makes
+    a difference where they share the experts' capacity.
     """
-    attack = PGD(eps=eps, step_size=eps / steps, steps=steps, start="clean")
-    return attack(lambda x: cross_entropy_per_image(model(x).logits, y_B), x_BCHW)
+    steps = settings.steps
+    if settings.attack == "clipped":
+        attack = PGD(eps=eps, step_size=eps / steps, steps=steps, start="clean")
+        return attack(lambda x: cross_entropy_per_image(model(x).logits, y_B), x_BCHW)
+    groups = zip(torch.split(x_BCHW, GROUP), torch.split(y_B, GROUP), strict=True)
+    found = []
+    for x_own, y_own in groups:
+        x_adv = x_own.detach()
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                loss = cross_entropy_per_image(model(x_adv).logits, y_own).mean()
+                (slope,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + eps / steps * slope.sign()
+        found.append(x_adv)
+    return torch.cat(found)
 
 
 def auto_pgd(

@@ -57,10 +57,12 @@ def subject(model: Network, name: str = "a", backbone: Any = None) -> Subject:
 def test_small_steps_start_clean_and_stay_in_the_ball() -> None:
     model, x_BCHW = v_moe(), torch.rand(4, 3, 8, 8)
     y_B = torch.arange(4)
-    x_adv = small_steps(model, x_BCHW, y_B, 0.1, 5)
+    x_adv = small_steps(model, x_BCHW, y_B, 0.1, StudySettings(steps=5))
     assert float((x_adv - x_BCHW).abs().max()) <= 0.1 + 1e-6
-    assert torch.equal(small_steps(model, x_BCHW, y_B, 0.1, 5), x_adv)  # no random start
-    one = small_steps(model, x_BCHW, y_B, 0.1, 1)
+    assert torch.equal(
+        small_steps(model, x_BCHW, y_B, 0.1, StudySettings(steps=5)), x_adv
+    )  # no random start
+    one = small_steps(model, x_BCHW, y_B, 0.1, StudySettings(steps=1))
     slope = torch.autograd.grad(
         torch.nn.functional.cross_entropy(
             model(x := x_BCHW.clone().requires_grad_()).logits, y_B, reduction="sum"
@@ -68,6 +70,10 @@ def test_small_steps_start_clean_and_stay_in_the_ball() -> None:
         x,
     )[0]
     assert_close(one, (x_BCHW + 0.1 * slope.sign()).clamp(0, 1))
+    released = StudySettings(steps=1, attack="released")
+    found = small_steps(model, x_BCHW, y_B, 0.1, released)
+    assert_close(found, x_BCHW + 0.1 * slope.sign())
+    assert float(found.max()) > 1
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
