@@ -188,7 +188,7 @@ def expert_choice(scores_BTE: Tensor, slots: int) -> SlotRoute:
     token_BES = gates_BET.argsort(dim=2, descending=True, stable=True)[:, :, :slots]
     index_B1S = token_BES.flatten(1)[:, None]
     gate_B1S = gates_BET.gather(2, token_BES).flatten(1)[:, None]
-    shape = (len(scores_BTE), scores_BTE.shape[1], index_B1S.shape[2])
+    shape = (*scores_BTE.shape[:2], index_B1S.shape[2])  # len() would fix a traced batch size
     dispatch_BTS = scores_BTE.new_zeros(shape).scatter(1, index_B1S, 1.0)
     return SlotRoute(dispatch_BTS, dispatch_BTS * gate_B1S, scores_BTE.shape[2])
 

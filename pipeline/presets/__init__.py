@@ -22,6 +22,7 @@ from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.pgd_training import PGDTraining
 from pipeline.algorithms.rt_er import RTER, Robustify
 from pipeline.algorithms.standard import Standard
+from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
 from pipeline.config import Config
 from pipeline.data.cifar import Cifar10
@@ -186,21 +187,21 @@ def jtdmoe_tiny_imagenet_vit_s() -> Config:
 
 
 def vmoe_quickstart() -> Config:
-    """A small V-MoE on scikit-learn's digits by PGD training, two workers, no download.
+    """A small V-MoE on scikit-learn's digits by TRADES, two workers, no download.
 
     ``python -m pipeline.train vmoe_quickstart``. Ours, from no paper: four experts in every second
     of six blocks, one per token, patches of 2 px.
     """
-    attack = PGD(eps=0.1, step_size=0.05, steps=3)
+    attack = PGD(eps=0.1, step_size=0.05, steps=2, start="gaussian")
     return Config(
         name="vmoe_quickstart",
         dataset=Digits(),
         backbone=ViT(size="micro", ratio=0.5, patch=2, num_experts=4),
-        algorithm=PGDTraining(attack=attack),
+        algorithm=Trades(beta=2.0, attack=attack),
         evaluation=Evaluation(eps=0.1, step_size=0.025, steps=50),
-        epochs=14,
+        epochs=16,
         workers=2,
-        **_V_MOE,
+        **_V_MOE | {"lr": 2e-3, "batch_size": 32},
     )
 
 
