@@ -113,6 +113,14 @@ print(fit(override(PRESETS["quickstart"](), changes), Path("run"))["test/sa"])
     assert accuracy > 0.5, "ten classes, patterns that any network learns"
 
 
+def test_components_of_the_extending_page_work_together(tmp_path: Path) -> None:
+    """Every Python block of the page, in order, in one process."""
+    script = tmp_path / "extending.py"
+    page = ROOT / "docs" / "extending.md"
+    script.write_text("".join(b.text for b in blocks(page) if b.kind == "python"))
+    run([sys.executable, str(script)], tmp_path)
+
+
 def test_readme_is_one_screen() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 

@@ -32,7 +32,7 @@ with all its cores, or with threads=1. Without a name: the first two, two minute
   mixture    whole networks as experts: a call an expert, and a call an image as released code does
   token_routing  the sparse layer of a transformer, forward and backward, over a dense MLP
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES
-  autoattack AutoAttack standard on few images: ours, masked; beside the ratio of inference
+  autoattack AutoAttack standard on few images: ours, masked; and the ratio of inference
              (needs the extra eval)
   pipeline   an epoch through Ray Train with tracking, over one of the bare loop
 
@@ -111,7 +111,7 @@ def processor() -> str:
 
 
 def table(benchmark: Benchmark, outcome: RaceResult) -> Table:
-    """Show seconds and multiply-accumulates of one call, each beside those of the first variant."""
+    """Show seconds and multiply-accumulates of one call, and ratios to the first variant."""
     ours = next(iter(benchmark.variants))
     counted = bool(outcome.gmac[ours])  # those of other processes are not
     shown, first = Table("variant"), "ours is" if counted else "the first is"

@@ -45,7 +45,7 @@ class Plain(nn.Module):
 
 
 def autoattack(settings: Settings) -> Benchmark:
-    """Run AutoAttack's four attacks on the images ``attacked``; about half of them stand.
+    """Run AutoAttack's four attacks on the images ``attacked``; about half of them stay correct.
 
     The labels are the network's own answers, and the radius is the median, over the images, of
     ``margin / |gradient of the margin|_1``, at which a linear network would lose every second one:
@@ -85,12 +85,12 @@ def autoattack(settings: Settings) -> Benchmark:
         ]
 
     def notes() -> list[str]:
-        (stand, x_ours), (other, x_twin) = found[OURS], found[MASKED]
-        alike = [alike_on(slow, x_ours, y_A, stand), alike_on(fast, x_twin, y_A, other)]
+        (robust, x_ours), (other, x_twin) = found[OURS], found[MASKED]
+        alike = [alike_on(slow, x_ours, y_A, robust), alike_on(fast, x_twin, y_A, other)]
         return [
-            f"{int(stand.sum())} of {len(stand)} images stand on ours, {int(other.sum())} on the "
-            f"masked twin; the same fate: {int((stand == other).sum())} of {len(stand)}",
-            f"attacked images judged on the other network: {sum(alike)} of {2 * len(stand)} alike",
+            f"{int(robust.sum())} of {len(robust)} robust on ours, {int(other.sum())} on "
+            f"the masked twin; the same outcome: {int((robust == other).sum())} of {len(robust)}",
+            f"attacked images on the other network: {sum(alike)} of {2 * len(robust)} alike",
         ]
 
     return Benchmark(

@@ -2,7 +2,7 @@
 
 Every backward pass computes the gradients of all parameters, those of the attack too, and an
 optimizer takes its own half of them; each attack step evaluates the router once in the model and
-once beside it, as AdvMoE's released code does. Networks are not folded.
+once apart from it, as AdvMoE's released code does. Networks are not folded.
 
 Shapes: B images, CHW channels and sides.
 """

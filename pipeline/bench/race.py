@@ -70,20 +70,20 @@ class RaceResult:
         return median(slow / fast for slow, fast in pairs)
 
 
-def race(benchmark: Benchmark, rounds: int, tell: Callable[[str], object]) -> RaceResult:
-    """Run all variants in turn, round by round; ``tell`` hears which round is on.
+def race(benchmark: Benchmark, rounds: int, say: Callable[[str], object]) -> RaceResult:
+    """Run all variants in turn, round by round; ``say`` gets a line per round.
 
     A first round warms up and counts multiply-accumulates, and is not timed.
     """
     outcome = RaceResult(seconds={name: [] for name in benchmark.variants})
-    tell("warming up")
+    say("warming up")
     for name, variant in benchmark.variants.items():
         variant.before()
         with _Counter() as counter:
             (variant.trial or variant.work)()
         outcome.gmac[name] = counter.flops / 2e9
     for done in range(rounds):
-        tell(f"round {done + 1} of {rounds}")
+        say(f"round {done + 1} of {rounds}")
         for name, variant in [*benchmark.variants.items()] * benchmark.turns:
             variant.before()
             took = variant.timed() if variant.timed else [seconds(variant.work)]

@@ -1,4 +1,4 @@
-"""What a benchmark can be told, and the networks and images that follow from it."""
+"""Settings of a benchmark, and the networks and images that follow from them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ TITLES = {
     "route/entropy": "entropy of the load (nats)",
     "route/flip_rate": "routes changed by the white-box attack",
     "route/flip_rate_broken": "of the images that it broke",
-    "route/flip_rate_surviving": "of those that stand",
+    "route/flip_rate_surviving": "of the robust ones",
     "route/overlap": "overlap of the experts before and after (IoU)",
     "cost/gmac": "GMAC an image, router included",
     "cost/gmac_router": "GMAC of the router",

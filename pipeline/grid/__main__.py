@@ -100,7 +100,7 @@ def carry_out(request: GridRequest, console: Console, *, strict: bool) -> int:
                 run_cells(log, waiting, say)
         if all(entry.status == "finished" for entry in log.entries):
             status = "finished"
-        elif not any(entry.status == "failed" for entry in log.entries):
+        elif not log.having("failed"):
             status = "preempted"  # cells that were stopped one by one
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
@@ -120,7 +120,7 @@ def carry_out(request: GridRequest, console: Console, *, strict: bool) -> int:
 
 def conclude(log: CellLog, status: str) -> int:
     """Say what is missing; returns the exit code."""
-    failed = [entry for entry in log.entries if entry.status == "failed"]
+    failed = log.having("failed")
     for entry in failed:
         print(f"failed: {entry.key}: {entry.reason}", file=sys.stderr)
     left = sum(entry.status != "finished" for entry in log.entries)

@@ -1,4 +1,4 @@
-"""What became of each cell: on disk, and in the parent run in MLflow."""
+"""Log of a grid's cells: on disk, and in the parent run in MLflow."""
 
 from __future__ import annotations
 
@@ -6,62 +6,55 @@ import json
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cli.arguments import PREEMPTED
 from pipeline.config import Config
 from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
-from pipeline.tracking import Tracker, end_abandoned, send_rest
-from pipeline.tracking.open_run import commit
-from pipeline.tracking.outbox import replace_file
+from pipeline.tracking import end_abandoned, send_rest
 from pipeline.tracking.queries import GRID, PARENT
+from pipeline.tracking.record_log import ChildRecord, RecordLog
 
 
-@dataclass
-class CellRecord:
-    """One cell: ``waiting``, ``running``, ``finished``, ``failed`` or ``preempted``, and why."""
+@dataclass(kw_only=True)
+class CellRecord(ChildRecord):
+    """One cell: ``waiting``, ``running``, ``finished``, ``failed`` or ``preempted``."""
 
     name: str
     seed: int
     fingerprint: str
     folder: str
     status: str = "waiting"
-    reason: str = ""
-    seconds: float = 0.0
-    run_id: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """Tell it from the other cells."""
+        """Name of the cell and its seed."""
         return f"{self.name} seed {self.seed}"
 
 
-class CellLog:
-    """Keeps the cells of a request, and tells the parent run what becomes of them.
+class CellLog(RecordLog[CellRecord]):
+    """Cells of a request, logged on disk and as tags of the parent run.
 
-    What a cell reached stands in its own run folder and MLflow run, so whatever the grid's process
-    did not write down before it died is read there again.
+    The result of a cell is in its own run folder and MLflow run, so whatever the grid's process did
+    not log before it died is read there again.
     """
 
     def __init__(self, request: GridRequest, *, strict: bool = False):
-        self.request, self.folder = request, request.folder
+        super().__init__(request.folder, "cells.json")
+        self.request = request
         self.entries = [
-            CellRecord(config.name, config.seed, config.fingerprint, str(run_folder(config)))
+            CellRecord(
+                name=config.name,
+                seed=config.seed,
+                fingerprint=config.fingerprint,
+                folder=str(run_folder(config)),
+            )
             for config in request.configs
         ]
-        first = request.configs[0]
-        self.tracker = Tracker.open(
-            self.folder,
-            tracking_uri=first.tracking_uri,
-            experiment=first.experiment,
-            name=self.folder.name,
-            params={"cells": str(len(self.entries))},
-            tags={"commit": commit(), GRID: "parent", "run_folder": str(self.folder)},
-            strict=strict,
-        )
+        params = {"cells": str(len(self.entries))}
+        self.open_parent(request.configs[0], params, {GRID: "parent"}, strict=strict)
         self._patience = self.tracker.patience  # for what finished cells left, all of them together
 
     def unfinished(self) -> list[int]:
@@ -84,14 +77,13 @@ class CellLog:
         seconds: float = 0.0,
         result: Mapping[str, Any] | None = None,
     ) -> CellRecord:
-        """Note what became of a cell, on disk and for the parent run."""
+        """Log the status of a cell, on disk and in the parent run."""
         entry = self.entries[place]
         entry.status, entry.reason, entry.seconds = status, reason, seconds
         if result is not None:
             entry.run_id, entry.metrics = result["run_id"], dict(result["metrics"])
-        self.tracker.handle({"kind": "tag", "key": f"cell/{entry.key}", "value": told(entry)})
-        rows = [asdict(entry) for entry in self.entries]
-        replace_file(self.folder / "cells.json", json.dumps(rows, indent=2) + "\n")
+        self.tracker.handle({"kind": "tag", "key": f"cell/{entry.key}", "value": in_a_line(entry)})
+        self.save([asdict(entry) for entry in self.entries])
         return entry
 
     def ended(self, place: int, code: int, reason: str, seconds: float) -> CellRecord:
@@ -119,13 +111,10 @@ class CellLog:
         self.write(place, "preempted")
 
     def close(self, status: str) -> bool:
-        """End the parent run; tell whether MLflow has everything."""
-        counts = {s: sum(e.status == s for e in self.entries) for s in ("finished", "failed")}
-        for name, count in counts.items():
-            self.tracker.handle({"kind": "tag", "key": f"cells_{name}", "value": str(count)})
-        if (self.folder / "cells.json").exists():
-            self.tracker.upload(self.folder, ["cells.json"], timeout=5.0)
-        return self.tracker.close(status)
+        """End the parent run; return whether MLflow has everything."""
+        if self.path.exists():
+            self.tracker.upload(self.folder, [self.path.name], timeout=5.0)
+        return self.close_parent(status, "cells", ("finished", "failed"))
 
     def _adopt(self, config: Config) -> None:
         """Make a run a child of this grid, unless it is one of another; send what it still has."""
@@ -145,8 +134,8 @@ def result_of(config: Config) -> dict[str, Any] | None:
     return found
 
 
-def told(entry: CellRecord) -> str:
-    """Say in one line what became of a cell."""
+def in_a_line(entry: CellRecord) -> str:
+    """Write the status of a cell in one line."""
     if entry.status == "failed":
         return f"failed: {entry.reason}"
     return f"{entry.status}{f': {shares(entry.metrics)}' if entry.metrics else ''}"

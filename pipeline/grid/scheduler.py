@@ -37,7 +37,7 @@ class Running:
     output: Path
     start: int  # of this attempt's lines in the log
     began: float
-    told: str = ""  # the last of its lines that was passed on
+    shown: str = ""  # the last of its lines that was passed on
 
     def lines(self) -> list[str]:
         """Read what this attempt has said so far."""
@@ -93,9 +93,9 @@ def drive(
                 spoke = time.monotonic()
             if time.monotonic() - spoke > EVERY:
                 for child in running:
-                    if (last := (child.lines() or ["starting"])[-1]) != child.told:
+                    if (last := (child.lines() or ["starting"])[-1]) != child.shown:
                         say(f"    {log.entries[child.place].key}: {last}")
-                    child.told = last
+                    child.shown = last
                 spoke = time.monotonic()
             time.sleep(POLL)
     except (KeyboardInterrupt, SystemExit):
@@ -127,19 +127,19 @@ def start(log: CellLog, place: int, address: str) -> Running:
     tags = {PARENT: parent} if parent else {}
     request = {"config": flatten(config), "tags": tags, "strict": log.tracker.strict}
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it died at once, which its exit code tells
+    with suppress(BrokenPipeError):  # it died at once, as its exit code says
         process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()  # and kept open: its end tells the cell that the grid is gone
+        process.stdin.flush()  # and kept open: its end means that the grid is gone
     return Running(place, process, output, size, time.monotonic())
 
 
 def ending(log: CellLog, child: Running, left: int) -> str:
-    """Record the end of a cell; return the line that tells it."""
+    """Record the end of a cell; return the line about it."""
     seconds = time.monotonic() - child.began
     reason = child.reason() if child.process.returncode else ""
     entry = log.ended(child.place, child.process.returncode, reason, seconds)
-    told = f"{entry.status} after {span(seconds)}: {entry.reason or shares(entry.metrics)}"
-    return f"[{child.place + 1}/{len(log.entries)}] {entry.key} {told}; {left} to go"
+    text = f"{entry.status} after {span(seconds)}: {entry.reason or shares(entry.metrics)}"
+    return f"[{child.place + 1}/{len(log.entries)}] {entry.key} {text}; {left} to go"
 
 
 def stop(running: list[Running]) -> None:

@@ -1,7 +1,7 @@
 """Cells of the paper's comparison: a backbone, a dataset and a row of its tables make a run.
 
 The grid is {ResNet-18, WRN-28-10, VGG-16, DenseNet} x {CIFAR-10, CIFAR-100, Tiny-ImageNet,
-ImageNet}, AdvMoE beside four baselines (Zhang et al., ICCV 2023, arXiv:2308.10110), and RT-ER on
+ImageNet}, AdvMoE and four baselines (Zhang et al., ICCV 2023, arXiv:2308.10110), and RT-ER on
 the same mixtures. A name that no registry holds is not offered.
 """
 

@@ -9,7 +9,14 @@ from pipeline.cli.arguments import fail, main, read_arguments
 from pipeline.report.chart import plot_over_cost
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find
-from pipeline.report.tables import as_markdown, as_text, write_csv
+from pipeline.report.tables import (
+    as_markdown,
+    as_text,
+    block_records,
+    block_table,
+    foot,
+    write_csv,
+)
 
 USAGE = """
 usage: python -m pipeline.report [EXPERIMENT] [key=value ...] [--help]
@@ -42,10 +49,11 @@ def run(argv: list[str]) -> int:
         counts = ", ".join(f"{n} {why}" for why, n in found.left_out.items()) or "none at all"
         return fail(f"no finished training run in experiment {experiment!r}: {counts}", 1)
     blocks = blocks_of(found.runs, over)
-    print(as_text(blocks, found.left_out))
+    tables, notes = [block_table(block) for block in blocks], foot(blocks, found.left_out)
+    print("\n".join((as_text(tables), "", *notes)))
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(blocks, out / "report.csv")
-    (out / "report.md").write_text(as_markdown(blocks, found.left_out, "report.png"), "utf-8")
+    write_csv(out / "report.csv", block_records(blocks))
+    (out / "report.md").write_text(as_markdown(tables, notes, picture="report.png"), "utf-8")
     plot_over_cost(blocks, out / "report.png")
     print(f"written: {', '.join(str(out / f'report.{kind}') for kind in ('csv', 'md', 'png'))}")
     return 0

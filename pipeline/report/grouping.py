@@ -1,4 +1,4 @@
-"""Sorts runs into blocks that may be compared, and rows that may be averaged."""
+"""Grouping of runs into blocks that may be compared, and rows that may be averaged."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.nearest_names import nearest
 from pipeline.presets.paper_grid import PAPER, ROWS
-from pipeline.report.runs import Run
 from pipeline.report.statistics import Difference, Estimate, difference, estimate
+from pipeline.tracking.queries import Run
 
 CONDITIONS = {
     f"dataset.{name}" for name in ("train_images", "test_images", "size", "classes", "image_size")
 }
-OF_THE_FORM = {  # settings in which the rows of a table differ because they are what they are
+OF_THE_FORM = {  # settings in which the rows of a table differ by definition
     "algorithm",
     "backbone.num_experts",
     "backbone.ratio",
@@ -29,9 +30,9 @@ class ResultRow:
     """The runs of one setting, one a seed: a line of a table.
 
     Attributes:
-        kind: Key of ``cells.ROWS``, or the run's own name for anything else.
+        kind: Key of ``ROWS``, or the run's own name for anything else.
         base: The row that its differences are to, if any.
-        note: In what that row's runs differ, besides their form.
+        note: Settings in which the base's runs differ, besides those of their form.
     """
 
     kind: str
@@ -42,12 +43,12 @@ class ResultRow:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What its runs share."""
+        """Settings of its runs, less the seed."""
         return self.runs[0].settings
 
     @property
     def doubts(self) -> list[str]:
-        """What the sanity checks of its evaluations say against its numbers."""
+        """Objections of the sanity checks of its evaluations."""
         judged = [
             run.tags for run in self.runs if run.tags.get("verdict", "reliable") != "reliable"
         ]
@@ -60,16 +61,18 @@ class ResultRow:
 
     def share(self, metric: str) -> Estimate | None:
         """Average a share; None unless every run has it."""
-        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
-        if len(values) < len(self.runs):
-            return None
+        values = self._values(metric)
         ends = [self.runs[0].metrics.get(f"{metric}_{end}", math.nan) for end in ("low", "high")]
-        return estimate(values, *ends)
+        return estimate(values, *ends) if values else None
 
     def mean(self, metric: str) -> float | None:
         """Average a cost; None unless every run has it."""
-        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
-        return sum(values) / len(values) if len(values) == len(self.runs) else None
+        values = self._values(metric)
+        return sum(values) / len(values) if values else None
+
+    def _values(self, metric: str) -> list[float]:
+        whole = all(metric in run.metrics for run in self.runs)
+        return [run.metrics[metric] for run in self.runs] if whole else []
 
     def gain(self, metric: str) -> Difference | None:
         """Subtract the base's share; None where there is none to compare with."""
@@ -98,7 +101,7 @@ class ReportBlock:
 
     @property
     def ra(self) -> str:
-        """The metric of robust accuracy under PGD on the cross-entropy."""
+        """Metric of the robust accuracy under PGD on the cross-entropy."""
         return f"test/ra_pgd{self.conditions.get('evaluation.steps', 50)}"
 
     def described(self) -> str:
@@ -131,13 +134,15 @@ def blocks_of(runs: Iterable[Run], over: str = "dense") -> list[ReportBlock]:
     """Group runs: blocks by net, data and threat; rows by all settings but the seed.
 
     Args:
-        over: Kind of the rows that the others are compared with, a key of ``cells.ROWS``.
+        over: Kind of the rows that the others are compared with, a key of ``ROWS``.
 
     Raises:
         ValueError: There is no such kind.
     """
     if over not in ROWS:
-        raise ValueError(f"over must be one of {', '.join(ROWS)}, got {over!r}")
+        raise ValueError(
+            f"over must be a row such as {', '.join(nearest(over, ROWS))}, got {over!r}"
+        )
     blocks: dict[object, ReportBlock] = {}
     rows: dict[object, list[Run]] = {}
     for run in runs:
@@ -180,19 +185,22 @@ def conditions_of(run: Run) -> dict[str, str]:
 
 
 def kind_of(run: Run) -> str:
-    """Tell which row of the paper a run belongs to; for anything else its own name."""
-    dual = run.params["backbone"] == "dual"  # two networks: their experts are counted for each
-    mixture = dual or int(run.params.get("backbone.num_experts", "1")) > 1
-    narrow = mixture or float(run.params.get("backbone.ratio", "1")) < 1
+    """Name the row of the tables that a run belongs to; for anything else return its own name.
+
+    Of two networks, such as a dual model's, the experts are counted for each: that is a mixture.
+    """
+    counts = {k: v for k, v in run.params.items() if k.endswith(".num_experts")}
+    mixture = int(counts.get("backbone.num_experts", 1 + bool(counts))) > 1
+    narrow = float(run.params.get("backbone.ratio", "1")) < 1
     for name, row in ROWS.items():
-        formed = row.algorithm != "trades" or row.narrow == narrow
-        if run.params["algorithm"] == row.algorithm and row.mixture == mixture and formed:
+        formed = row.mixture == mixture and (mixture or row.narrow == narrow)
+        if run.params["algorithm"] == row.algorithm and formed:
             return name
     return run.name
 
 
 def rank(row: ResultRow) -> tuple[int, str, str]:
-    """Order rows as the paper does."""
+    """Return the place of a row in the order of the paper."""
     return (place(list(ROWS), row.kind), row.kind, str(sorted(row.settings.items())))
 
 
@@ -202,7 +210,7 @@ def place(names: Sequence[str], name: str) -> int:
 
 
 def name_rows(rows: Sequence[ResultRow]) -> None:
-    """Give rows the paper's titles; rows with the same one say in what they differ."""
+    """Give rows the paper's titles; equal titles are followed by the settings that differ."""
     for row in rows:
         same = [other for other in rows if other.kind == row.kind]
         apart = [
@@ -224,7 +232,7 @@ def short(text: str | None) -> str:
 
 
 def base_for(row: ResultRow, rows: Sequence[ResultRow], over: str) -> tuple[ResultRow | None, str]:
-    """Find the row of a kind to compare with: the one trained most alike; say what is not."""
+    """Find the row of a kind with the nearest settings; name the settings that differ."""
     found = [other for other in rows if other.kind == over]
     if not found:
         return None, ""

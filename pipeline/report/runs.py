@@ -1,37 +1,14 @@
-"""Reads finished training runs from MLflow, and counts what it leaves out."""
+"""Selection of the finished training runs that may be compared, and a count of those left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-from pipeline.config import ELSEWHERE
-from pipeline.tracking import EVALUATED, SQLITE, mlflow_client, resolve_uri, without_password
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished training run, as MLflow has it."""
-
-    run_id: str
-    name: str
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
-    ended: int
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What decides its numbers, less the seed."""
-        return {k: v for k, v in self.params.items() if k not in (*ELSEWHERE, "seed")}
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        return int(self.params.get("seed", "0"))
+from pipeline.nearest_names import unknown
+from pipeline.tracking import EVALUATED
+from pipeline.tracking.queries import PARENT, Run, experiment_of, reading, search
 
 
 @dataclass
@@ -53,70 +30,29 @@ def find(tracking_uri: str, experiment: str, wanted: Mapping[str, str]) -> Found
         ValueError: There is no such database or experiment, or no run has such a setting.
         ConnectionError: The server does not answer.
     """
-    found, full = FoundRuns([]), dict[str, Run]()
-    for record in fetch(resolve_uri(tracking_uri), experiment):
-        run = run_of(record)
-        if reason := reason_against(run, record.info.status):
-            found.left_out[reason] += 1
-            if is_full_evaluation(run, record.info.status):
-                full[run.tags[EVALUATED]] = max(
-                    run, full.get(run.tags[EVALUATED], run), key=lambda run: run.ended
-                )
-        else:
-            found.runs.append(run)
-    known = {key for run in found.runs for key in run.params}
+    with reading(tracking_uri) as client:
+        every = search(client, experiment_of(client, experiment, tracking_uri))
+    reasons = [reason_against(run) for run in every]
+    found = FoundRuns([], Counter(filter(None, reasons)))
+    able = [run for run, reason in zip(every, reasons, strict=True) if not reason]
+    known = ("tracking_uri", "out", "over", "grid", *{key for run in able for key in run.params})
     for key in wanted:
-        if found.runs and key != "grid" and key not in known:
-            raise ValueError(f"no key {key!r}, only tracking_uri, out, grid, {', '.join(known)}")
-    chosen = [run for run in found.runs if all(fits(run, k, v) for k, v in wanted.items())]
-    if less := len(found.runs) - len(chosen):
-        found.left_out["not asked for"] += less
-    found.runs = [with_auto_attack(run, full) for run in newest(chosen)]
-    if less := len(chosen) - len(found.runs):
-        found.left_out["older runs of the same settings and seed"] += less
+        if able and key not in known:
+            raise unknown("key", key, known)
+    chosen = [run for run in able if all(fits(run, k, v) for k, v in wanted.items())]
+    later = {
+        run.tags[EVALUATED]: run
+        for run in sorted(every, key=lambda run: run.ended)
+        if is_full_evaluation(run)
+    }
+    found.runs = [with_auto_attack(run, later.get(run.run_id)) for run in newest_of_each(chosen)]
+    left = {"not asked for": (able, chosen)}
+    left["older runs of the same settings and seed"] = (chosen, found.runs)
+    found.left_out += Counter({why: len(a) - len(b) for why, (a, b) in left.items()})
     return found
 
 
-def fetch(uri: str, experiment: str) -> list[Any]:
-    """Read every run of an experiment, page by page."""
-    shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        raise ValueError(f"no tracking database {shown}")
-    try:
-        client = mlflow_client()(uri)
-        if (record := client.get_experiment_by_name(experiment)) is None:
-            names = ", ".join(e.name for e in client.search_experiments())
-            raise ValueError(f"no experiment {experiment!r} in {shown}, only {names}")
-        return every(client, record.experiment_id)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
-
-
-def every(client: Any, experiment_id: str, wanted: str = "") -> list[Any]:
-    """Read the runs of an experiment that a filter of MLflow's lets through, page by page."""
-    runs, token = [], None
-    while True:
-        page = client.search_runs([experiment_id], wanted, max_results=500, page_token=token)
-        runs += page
-        if not (token := page.token):
-            return runs
-
-
-def run_of(record: Any) -> Run:
-    """Take over what MLflow says of a run."""
-    return Run(
-        record.info.run_id,
-        record.info.run_name,
-        dict(record.data.params),
-        dict(record.data.metrics),
-        dict(record.data.tags),
-        record.info.end_time or 0,
-    )
-
-
-def reason_against(run: Run, status: str) -> str:
+def reason_against(run: Run) -> str:
     """Say why a run does not belong in a comparison; empty if it does."""
     if EVALUATED in run.tags:
         return "evaluations of other runs"
@@ -124,22 +60,21 @@ def reason_against(run: Run, status: str) -> str:
         return "trials of sweeps"
     if "algorithm" not in run.params or "backbone" not in run.params:
         return "parents of other runs"
-    if status != "FINISHED" or run.tags.get("status", "finished") != "finished":
+    if run.status != "FINISHED" or run.tags.get("status", "finished") != "finished":
         return "failed or unfinished"
     if "test/sa" not in run.metrics:
         return "without results on the test split"
     return ""
 
 
-def is_full_evaluation(run: Run, status: str) -> bool:
+def is_full_evaluation(run: Run) -> bool:
     """Tell whether a run attacked all test images of another with AutoAttack."""
-    whole = run.tags.get("tier") == "full" and status == "FINISHED"
+    whole = run.tags.get("tier") == "full" and run.status == "FINISHED"
     return EVALUATED in run.tags and whole and "test/ra_aa" in run.metrics
 
 
-def with_auto_attack(run: Run, full: Mapping[str, Run]) -> Run:
+def with_auto_attack(run: Run, later: Run | None) -> Run:
     """Add what a later evaluation under the same threat found by AutoAttack, which takes hours."""
-    later = full.get(run.run_id)
     threat = ("evaluation.eps", "evaluation.norm", "dataset.test_images")
     if later is None or any(later.params.get(key) != run.params.get(key) for key in threat):
         return run
@@ -148,9 +83,9 @@ def with_auto_attack(run: Run, full: Mapping[str, Run]) -> Run:
 
 
 def fits(run: Run, key: str, values: str) -> bool:
-    """Tell whether a run has one of the values, which may be written in other words: 8/255."""
+    """Tell whether a run has one of the values, as text or as a number (8/255)."""
     if key == "grid":
-        return run.tags.get("mlflow.parentRunId") in values.split(",")
+        return run.tags.get(PARENT) in values.split(",")
     own = run.params.get(key)
     return any(own == value or number(own) == number(value) for value in values.split(","))
 
@@ -164,7 +99,7 @@ def number(text: str | None) -> float | str | None:
         return text
 
 
-def newest(runs: list[Run]) -> list[Run]:
+def newest_of_each(runs: list[Run]) -> list[Run]:
     """Keep the newest run of equal settings, seed and data."""
     best: dict[object, Run] = {}
     for run in sorted(runs, key=lambda run: run.ended):

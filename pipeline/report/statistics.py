@@ -1,15 +1,18 @@
 """Means over seeds and differences between algorithms, with 95% intervals.
 
-A run counts how many of n images stand, so its share has an interval over images; runs of several
-seeds have one over seeds, on the same images. Which of them a difference rests on is said.
+A run counts how many of n images stay correctly classified, so its share has an interval over
+images; runs of several seeds have one over seeds, on the same images. Each difference names which
+of them it rests on.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 SEEDS, IMAGES, BOTH = "seeds", "images", "seeds and images"
 
@@ -19,16 +22,29 @@ class Estimate:
     """A share over the runs of one setting.
 
     Attributes:
-        mean, std: Over runs; ``std`` is 0 for a single one.
+        values: One per run.
         low, high: 95% interval: Student's t over runs (``seeds``) or, for a single run, that of its
-            images (``images``); NaN where the run does not say it.
+            images (``images``); NaN where the run has none.
     """
 
-    mean: float
-    std: float
-    n: int
+    values: tuple[float, ...]
     low: float
     high: float
+
+    @property
+    def n(self) -> int:
+        """Number of runs."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Mean over runs."""
+        return fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over runs; 0 for a single one."""
+        return stdev(self.values) if self.n > 1 else 0.0
 
     @property
     def over(self) -> str:
@@ -54,14 +70,13 @@ def estimate(values: Sequence[float], low: float = math.nan, high: float = math.
     Raises:
         ValueError: There is no run.
     """
+    from scipy.stats import ttest_1samp
+
     if not values:
         raise ValueError("values must hold at least one run, got none")
-    mean, n = fmean(values), len(values)
-    if n == 1:
-        return Estimate(mean, 0.0, 1, low, high)
-    std = stdev(values)
-    half = t975(n - 1) * std / math.sqrt(n)
-    return Estimate(mean, std, n, mean - half, mean + half)
+    if len(values) > 1:
+        low, high = _interval(ttest_1samp, values, 0.0)
+    return Estimate(tuple(values), low, high)
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
@@ -74,25 +89,18 @@ def difference(a: Estimate, b: Estimate) -> Difference:
     proportions from Wilson's. It takes the two for independent; models are judged on the same
     images, which as a rule makes the true interval narrower.
     """
+    from scipy.stats import ttest_ind
+
     value = a.mean - b.mean
     if a.n > 1 and b.n > 1:
-        half = _welch_half(a, b)
-        return Difference(value, value - half, value + half, SEEDS)
+        return Difference(value, *_interval(ttest_ind, a.values, b.values, equal_var=False), SEEDS)
     low = value - math.hypot(a.mean - a.low, b.high - b.mean)
     high = value + math.hypot(a.high - a.mean, b.mean - b.low)
     return Difference(value, low, high, BOTH if a.over != b.over else IMAGES)
 
 
-def _welch_half(a: Estimate, b: Estimate) -> float:
-    parts = (a.std**2 / a.n, b.std**2 / b.n)
-    if not (variance := sum(parts)):
-        return 0.0
-    freedom = variance**2 / (parts[0] ** 2 / (a.n - 1) + parts[1] ** 2 / (b.n - 1))
-    return t975(freedom) * math.sqrt(variance)
-
-
-def t975(freedom: float) -> float:
-    """Student's t at 0.975, for a two-sided 95% interval."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 0.975))
+def _interval(test: Any, *samples: Any, **how: Any) -> tuple[float, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of equal values, an interval of no width
+        low, high = test(*samples, **how).confidence_interval(0.95)
+    return float(low), float(high)

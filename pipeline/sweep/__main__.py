@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from pipeline.cli.arguments import fail, main, read_arguments
-from pipeline.cli.console import aligned
+from pipeline.nearest_names import unknown
+from pipeline.report.tables import as_text
 from pipeline.sweep.answer import answer, write
 from pipeline.sweep.trials import read_sweep
 from pipeline.tracking import mlflow_client, resolve_uri
@@ -31,8 +32,8 @@ def run(argv: list[str]) -> int:
     given = read_arguments(argv, usage=USAGE, flags=("--upload",))
     if not given.names:
         raise ValueError("which sweep? give the run id of its parent run, or latest")
-    if unknown := [key for key in given.settings if key not in KEYS]:
-        raise ValueError(f"no key {unknown[0]!r}, only {', '.join(KEYS)}")
+    if wrong := [key for key in given.settings if key not in KEYS]:
+        raise unknown("key", wrong[0], KEYS)
     uri = resolve_uri(given.settings.get("tracking_uri"))
     try:
         sweep = read_sweep(uri, given.names[0], given.settings.get("experiment", "robust-moe"))
@@ -45,8 +46,7 @@ def run(argv: list[str]) -> int:
     except ConnectionError as error:
         return fail(str(error), 1)
     print("\n".join((found.title, *found.conditions)))
-    for table in found.tables:
-        print("\n".join(("", table.title, *table.notes, aligned([table.header, *table.rows]))))
+    print("\n" + as_text(found.tables))
     print("\n".join(("", *found.notes, f"written: {', '.join(map(str, files))}")))
     return 0
 

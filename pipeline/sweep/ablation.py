@@ -1,28 +1,16 @@
-"""One setting varied, or a few in a grid, all else held: the values beside what they reach."""
+"""Ablation: trials by the values of one setting, or of a few in a grid."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
 
-from pipeline.report.chart import spread
 from pipeline.report.grouping import ResultRow
 from pipeline.report.runs import number
-from pipeline.report.statistics import difference
-from pipeline.report.tables import FOOT, points
-from pipeline.sweep.trial_charts import PLAIN, save
-from pipeline.sweep.trial_tables import Table, columns_of, cost, percent, short_keys, shown
+from pipeline.report.statistics import Difference, difference
+from pipeline.report.tables import FOOT, TextTable, percent, points, share_columns
+from pipeline.sweep.trial_tables import columns_of, cost, short_keys, shown
 from pipeline.sweep.trials import COSTS, Sweep, Trial, title_of
-
-LOOKS = {  # colours of Okabe and Ito, told apart without red and green
-    "val/sa": ("#0072B2", "o", "-"),
-    "val/ra": ("#E69F00", "s", "--"),
-    "val/ra_forced": ("#CC79A7", "^", ":"),
-    "val/ra_worst": ("#000000", "D", "-"),
-}
 
 
 @dataclass(frozen=True)
@@ -31,9 +19,9 @@ class Ablation:
 
     Attributes:
         keys: The setting, or several that change together.
-        rows: One a value, in order: its trials are seeds.
-        metrics: The shares that there are.
-        notes: In what the trials differ besides.
+        rows: One per value, in order: its trials are seeds.
+        metrics: Shares that some trial has.
+        notes: Other settings in which the trials differ.
     """
 
     keys: tuple[str, ...]
@@ -84,89 +72,47 @@ def apart(rows: Sequence[ResultRow], keys: Sequence[str]) -> tuple[str, ...]:
     return (f"The trials differ in {', '.join(differing)} as well.",) if differing else ()
 
 
-def ablation_table(found: Ablation) -> Table:
-    """Lay out values against what they reach, and how far the worst case is from the first's."""
+def ablation_table(found: Ablation) -> TextTable:
+    """Lay out values against the shares that they reach, and the worst case less the first's."""
     aim = "val/ra_worst" if "val/ra_worst" in found.metrics else found.metrics[-1]
     costs = [name for name in COSTS if any(row.mean(name) is not None for row in found.rows)]
     first = found.rows[0].share(aim)
-    shares = map(title_of, found.metrics)
-    header = (found.name, "n", *shares, f"{title_of(aim)} - first", *map(title_of, costs))
-    used: set[str] = set()
-    lines = []
-    for value, row in zip(found.values, found.rows, strict=True):
+    gains: list[Difference | None] = [None]
+    for row in found.rows[1:]:
         own = row.share(aim)
-        gain = None if row is found.rows[0] or not own or not first else difference(own, first)
-        if gain is not None:
-            used.add(gain.over)
-        cells = [value, str(len(row.runs)), *(percent(row.share(m)) for m in found.metrics)]
-        lines.append((*cells, points(gain), *(cost(name, row.mean(name)) for name in costs)))
-    notes = (
-        "Percent of validation images with 95% intervals: over images where n is 1, over seeds "
-        "(Student's t) where it is more.",
-        *(f"Differences in points, {text}." for over, text in FOOT.items() if over in used),
-        *found.notes,
+        gains.append(difference(own, first) if own and first else None)
+    lines = (
+        (
+            *(value, str(len(row.runs))),
+            *(percent(row.share(m), interval=True) for m in found.metrics),
+            *(points(gain), *(cost(name, row.mean(name)) for name in costs)),
+        )
+        for value, row, gain in zip(found.values, found.rows, gains, strict=True)
     )
-    title = f"Ablation of {found.name}"
-    return Table(title, header, tuple(lines), words=(found.name,), notes=notes)
-
-
-def write_ablation(found: Ablation, path: Path) -> None:
-    """Write an ablation with full precision: shares as fractions of 1."""
-    ends = ("mean", "std", "low", "high")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        names = [f"{metric}_{end}" for metric in found.metrics for end in ends]
-        writer.writerow([*found.keys, "n", "seeds", *names, *COSTS, "runs"])
-        for row in found.rows:
-            line: list[object] = [row.runs[0].params.get(key, "") for key in found.keys]
-            line += [len(row.runs), " ".join(str(run.seed) for run in row.runs)]
-            for metric in found.metrics:
-                own = row.share(metric)
-                line += ["" if own is None else getattr(own, end) for end in ends]
-            line += [row.mean(name) for name in COSTS]
-            writer.writerow([*line, " ".join(run.run_id for run in row.runs)])
-
-
-def draw_ablation(found: Ablation, path: Path | IO[str], kind: str) -> None:
-    """Draw every share over the values, with its interval; the cost below."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(PLAIN):
-        costs = [row.mean("cost/gmac") for row in found.rows]
-        figure = Figure(figsize=(7.2, 5.4), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-        for turn, metric in enumerate(found.metrics):
-            draw_share(upper, found, metric, 0.04 * (turn - (len(found.metrics) - 1) / 2))
-        upper.set_ylabel("% of validation images")
-        upper.set_ylim(bottom=0)
-        upper.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
-        places = [place for place, value in enumerate(costs) if value is not None]
-        lower.bar(places, [value for value in costs if value is not None], 0.5, color="#8c8c8c")
-        lower.set_ylabel("GMAC\nan image")
-        lower.set_xticks(range(len(found.values)), found.values)
-        lower.set_xlabel(" / ".join(found.keys))
-        for axes in (upper, lower):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25, axis="y")
-        save(figure, path, kind)
-
-
-def draw_share(axes: Any, found: Ablation, metric: str, shift: float) -> None:
-    """Draw one share over the values, a hair to the side of the others."""
-    color, marker, line = LOOKS.get(metric, ("#009E73", "v", "-."))
-    points = [(place, row.share(metric)) for place, row in enumerate(found.rows)]
-    there = [(place, own) for place, own in points if own is not None]
-    reach = [spread(own) or [[0.0], [0.0]] for _, own in there]
-    axes.errorbar(
-        [place + shift for place, _ in there],
-        [100 * own.mean for _, own in there],
-        yerr=[[side[end][0] for side in reach] for end in (0, 1)],
-        color=color,
-        marker=marker,
-        linestyle=line,
-        markersize=5,
-        linewidth=1.2,
-        capsize=2,
-        label=title_of(metric),
+    used = {gain.over for gain in gains if gain}
+    shares = map(title_of, found.metrics)
+    return TextTable(
+        f"Ablation of {found.name}",
+        (found.name, "n", *shares, f"{title_of(aim)} - first", *map(title_of, costs)),
+        tuple(lines),
+        notes=(
+            "Percent of validation images with 95% intervals: over images where n is 1, over seeds "
+            "(Student's t) where it is more.",
+            *(f"Differences in points, {text}." for over, text in FOOT.items() if over in used),
+            *found.notes,
+        ),
+        words=(found.name,),
     )
+
+
+def ablation_records(found: Ablation) -> list[dict[str, object]]:
+    """Write an ablation as records for CSV."""
+    records = []
+    for row in found.rows:
+        record: dict[str, object] = {k: row.runs[0].params.get(k, "") for k in found.keys}
+        record |= {"n": len(row.runs), "seeds": " ".join(str(run.seed) for run in row.runs)}
+        for metric in found.metrics:
+            record |= share_columns(metric, row.share(metric), ("mean", "std", "low", "high"))
+        record |= {name: row.mean(name) for name in COSTS}
+        records.append(record | {"runs": " ".join(run.run_id for run in row.runs)})
+    return records

@@ -1,37 +1,19 @@
-"""Writes the answer of a sweep: ``write_answer`` is what the driver calls at the end."""
+"""Answer of a sweep: front, importance or ablation, as CSV, Markdown, plots and HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 
-from pipeline.sweep.ablation import (
-    Ablation,
-    ablation_of,
-    ablation_table,
-    draw_ablation,
-    write_ablation,
-)
+from pipeline.report.tables import TextTable, as_markdown, write_csv
+from pipeline.sweep.ablation import Ablation, ablation_of, ablation_records, ablation_table
 from pipeline.sweep.conditions import conditions
-from pipeline.sweep.html_page import Picture, list_section, page, picture_section, table_section
+from pipeline.sweep.html_page import image_figure, render, svg_figure
 from pipeline.sweep.importance import importance_table
 from pipeline.sweep.pareto import front_of
-from pipeline.sweep.trial_charts import Frame, draw_front, frame_of
-from pipeline.sweep.trial_tables import (
-    Table,
-    as_markdown,
-    cost,
-    finalists_table,
-    front_table,
-    others_table,
-    outcome,
-    percent,
-    safe,
-    write_csv,
-)
+from pipeline.sweep.trial_charts import Frame, draw_ablation, draw_front, frame_of
+from pipeline.sweep.trial_tables import finalists_table, front_table, others_table, trial_records
 from pipeline.sweep.trials import Sweep, Trial, competing, read_sweep
 
 NO_FRONT = "No trial can be compared yet: there is no front."
@@ -39,20 +21,26 @@ NO_FRONT = "No trial can be compared yet: there is no front."
 
 @dataclass(frozen=True)
 class Answer:
-    """What a sweep answers, before it is written in any form."""
+    """Contents of the answer, before it is written in any form."""
 
     sweep: Sweep
     front: tuple[Trial, ...]
     compared: tuple[Trial, ...]
     conditions: tuple[str, ...]
     notes: tuple[str, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[TextTable, ...]
     ablation: Ablation | None = None
 
     @property
-    def places(self) -> dict[str, int]:
-        """Position of each trial, by its number: safe as a name where the number may be any."""
-        return {trial.number: place for place, trial in enumerate(self.sweep.trials)}
+    def ids(self) -> dict[str, str]:
+        """Id of each trial's row by its number, which may be any text."""
+        return {trial.number: f"trial-{place}" for place, trial in enumerate(self.sweep.trials)}
+
+    @property
+    def frame(self) -> Frame:
+        """Contents of the plot of the front."""
+        links = {number: f"#{name}" for number, name in self.ids.items()}
+        return frame_of(self.sweep, self.front, self.compared, links)
 
     @property
     def title(self) -> str:
@@ -72,7 +60,7 @@ def write_answer(parent_run_id: str, folder: Path, tracking_uri: str | None = No
 
 
 def answer(sweep: Sweep) -> Answer:
-    """Work out the front, and what has to be said of it."""
+    """Compute the front, its tables and its conditions."""
     able, notes = competing(sweep)
     front = front_of(able, sweep.axes)
     ablation = ablation_of(sweep, able)
@@ -91,83 +79,44 @@ def answer(sweep: Sweep) -> Answer:
 
 
 def write(found: Answer, folder: Path) -> list[Path]:
-    """Write CSV, Markdown, picture and page."""
+    """Write CSV, Markdown, plots and page."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "front.csv", folder / "answer.md"]
-    write_csv(found.sweep, found.front, files[0])
-    files[1].write_text(markdown(found), encoding="utf-8")
+    write_csv(files[0], trial_records(found.sweep, found.front))
+    lead = (*found.conditions, *(() if found.front else (NO_FRONT,)))
+    text = as_markdown(found.tables, found.notes, title=found.title, lead=lead)
+    files[1].write_text(text, encoding="utf-8")
     if found.front:
         files.append(folder / "front.png")
-        frame = frame_of(found.sweep, found.front, found.compared)
-        draw_front(frame, found.places, files[-1], "png")
+        draw_front(found.frame, files[-1], "png")
     if found.ablation:
         files += [folder / "ablation.csv", folder / "ablation.png"]
-        write_ablation(found.ablation, files[-2])
-        draw_ablation(found.ablation, files[-1], "png")
+        write_csv(files[-2], ablation_records(found.ablation))
+        draw_ablation(found.ablation, files[-1])
     files.append(folder / "front.html")
-    files[-1].write_text(html(found), encoding="utf-8")
+    files[-1].write_text(page(found), encoding="utf-8")
     return files
 
 
-def html(found: Answer) -> str:
-    """Write the whole answer as one page that loads nothing."""
-    sections = [list_section("", found.conditions)]
-    ids = {number: f"trial-{place}" for number, place in found.places.items()}
+def page(found: Answer) -> str:
+    """Write the whole answer as one page."""
+    frame, figures = found.frame, []
     if found.front:
-        sections.append(picture_section(front_picture(found, ids)))
-    else:
-        sections.append(f"<p>{escape(NO_FRONT)}</p>")
+        caption = (
+            f"{frame.y.title} over {frame.x.title}, coloured by {frame.cost.title}, and over "
+            f"{frame.cost.title}: {len(found.front)} of {len(found.compared)} compared trials are "
+            "on the front. The tables below hold every number."
+        )
+        figures.append(svg_figure(partial(draw_front, frame, kind="svg"), caption))
     if ablation := found.ablation:
-        said = f"Shares over the values of {ablation.name}, with 95% intervals; below, the cost."
-        draw = partial(draw_ablation, ablation, kind="svg")
-        sections.append(picture_section(Picture("ablation", said, draw, {})))
-    sections += [table_section(table, ids) for table in found.tables]
-    if found.notes:
-        sections.append(list_section("Notes", found.notes))
-    return page(found.title, sections)
-
-
-def front_picture(found: Answer, ids: Mapping[str, str]) -> Picture:
-    """The front as a figure of the page."""
-    frame = frame_of(found.sweep, found.front, found.compared)
-    members = {trial.number for trial in found.front}
-    marks = {
-        f"{panel}-{place}": (ids[number], spoken(trial, frame, number in members))
-        for trial in found.sweep.trials
-        for number in [trial.number]
-        for place in [found.places[number]]
-        for panel in "ab"
-    }
-    description = (
-        f"{frame.y.title} over {frame.x.title}, coloured by {frame.cost.title}, and over "
-        f"{frame.cost.title}: {len(found.front)} of {len(found.compared)} compared trials are on "
-        "the front. The tables below hold every number."
+        caption = f"Shares over the values of {ablation.name}, with 95% intervals; below, the cost."
+        figures.append(image_figure(partial(draw_ablation, ablation), caption))
+    return render(
+        title=found.title,
+        lead=found.conditions,
+        figures=figures,
+        no_figure=NO_FRONT,
+        tables=found.tables,
+        ids=found.ids,
+        notes=found.notes,
     )
-    return Picture(
-        "front", description, partial(draw_front, frame, found.places, kind="svg"), marks
-    )
-
-
-def spoken(trial: Trial, frame: Frame, on_front: bool) -> str:
-    """Say what a mark of the picture is."""
-    told = [f"{a.title} {percent(s)}" for a in (frame.x, frame.y) if (s := trial.share(a.metric))]
-    if (value := trial.value(frame.cost.metric)) is not None:
-        told.append(f"{cost(frame.cost.metric, value)} {frame.cost.title}")
-    kind = "on the front" if on_front else outcome(trial)
-    return f"Trial {trial.number}, {kind}: {'; '.join(told)}"
-
-
-def markdown(found: Answer) -> str:
-    """Write the whole answer as Markdown."""
-
-    def listed(lines: Sequence[str]) -> str:
-        return "\n".join(f"- {safe(line)}" for line in lines)
-
-    parts = [f"# {safe(found.title)}", listed(found.conditions)]
-    if not found.front:
-        parts.append(NO_FRONT)
-    for table in found.tables:
-        parts += [f"## {safe(table.title)}", *map(safe, table.notes), as_markdown(table)]
-    if found.notes:
-        parts += ["## Notes", listed(found.notes)]
-    return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Under which conditions the numbers of a sweep came about, in sentences."""
+"""Conditions of a sweep's numbers, in sentences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.sweep.trials import Sweep, Trial, is_share
 
 
 def conditions(sweep: Sweep, compared: Sequence[Trial]) -> list[str]:
-    """Say what was searched for, on which data, under which threat, by which code."""
+    """Describe objectives, data, threat and code."""
     goals = ", ".join(f"{'highest' if a.mode == 'max' else 'lowest'} {a.title}" for a in sweep.axes)
     searched = ", ".join(sweep.keys) or "nothing"
     lines = [
@@ -17,17 +17,17 @@ def conditions(sweep: Sweep, compared: Sequence[Trial]) -> list[str]:
     ]
     if not compared:
         return lines
-    lines.append(f"{judged_on(sweep, compared)}; {threat(compared)}.")
+    lines.append(f"{evaluated_on(sweep, compared)}; {threat(compared)}.")
     lines.append(trained(sweep, compared))
     if half := widest(sweep, compared):
         lines.append(
             f"An interval reaches up to {100 * half:.1f} points to either side: trials closer than "
-            "that are not told apart, whichever of them is on the front."
+            "that cannot be distinguished, whichever of them is on the front."
         )
     if len(seeds := {trial.run.seed for trial in compared}) == 1:
         lines.append(
             f"One seed ({seeds.pop()}): nothing is said of the spread between seeds. Many trials "
-            "judged on the same images: the best of them is flattered by its choice."
+            "evaluated on the same images: the best of them looks better than it is."
         )
     return lines
 
@@ -45,7 +45,7 @@ def ended(sweep: Sweep) -> str:
     return ", ".join(f"{n} {status}" for status, n in sweep.counts.most_common()) or "none"
 
 
-def judged_on(sweep: Sweep, trials: Sequence[Trial]) -> str:
+def evaluated_on(sweep: Sweep, trials: Sequence[Trial]) -> str:
     """Say on which images the shares are taken."""
     images = sorted({trial.images for trial in trials if trial.images})
     count = " or ".join(f"{n:,}" for n in images) or "an unknown number of"
@@ -57,7 +57,7 @@ def judged_on(sweep: Sweep, trials: Sequence[Trial]) -> str:
 
 
 def threat(trials: Sequence[Trial]) -> str:
-    """Say against what the trials had to stand."""
+    """Describe the threat of the evaluations."""
     params = trials[0].run.params
     eps = fraction(params.get("evaluation.eps", "?"))
     return f"threat {params.get('evaluation.norm', '?')}, eps {eps}"
@@ -70,7 +70,7 @@ def trained(sweep: Sweep, trials: Sequence[Trial]) -> str:
         return listed(short(trial.run.params.get(key)) for trial in trials)
 
     images = each("dataset.train_images")
-    told = [
+    parts = [
         f"{each('dataset')}, training images {'all' if images == 'None' else images}",
         f"epochs {each('epochs')}",
         f"seed {each('seed')}",
@@ -78,8 +78,8 @@ def trained(sweep: Sweep, trials: Sequence[Trial]) -> str:
     for name, most in (("commit", 12), ("hardware", 120)):
         own = [trial.run.tags[name] for trial in trials if name in trial.run.tags]
         if found := own or [tag for tag in [sweep.parent.tags.get(name)] if tag]:
-            told.append(f"{name} {listed(tag[:most] for tag in found)}")
-    return f"Trained on {'; '.join(told)}."
+            parts.append(f"{name} {listed(tag[:most] for tag in found)}")
+    return f"Trained on {'; '.join(parts)}."
 
 
 def listed(values: Iterable[str]) -> str:

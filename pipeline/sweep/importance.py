@@ -1,6 +1,6 @@
-"""Which searched settings go with better numbers, and whether the trials can tell at all.
+"""Importance of the searched settings: rank association with the objectives, and its chance.
 
-A few dozen trials carry no model of a response surface, so nothing is fitted: ranks are compared.
+A few dozen trials support no model of a response surface, so nothing is fitted: ranks are compared.
 For numbers Spearman's rank correlation (American Journal of Psychology 15, 1904), which has a sign;
 for words the correlation ratio of the ranks, ``eta^2 = H / (n - 1)`` with Kruskal and Wallis' H
 (JASA 47, 1952), as its root. Chance is judged by permutation, Holm's way over the settings
@@ -13,13 +13,16 @@ Shapes: N trials, R repetitions.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.report.runs import number
-from pipeline.sweep.trial_tables import Table, short_keys
+from pipeline.report.tables import TextTable
+from pipeline.sweep.trial_tables import short_keys
 from pipeline.sweep.trials import Objective, Sweep, Trial
 
 ENOUGH = 10  # trials below which nothing is claimed
@@ -34,7 +37,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Association:
-    """How closely an objective follows a setting in the trials.
+    """Rank association of an objective with a setting over the trials.
 
     Attributes:
         value: Rank correlation in [-1, 1], or correlation ratio in [0, 1]; NaN where either side
@@ -58,51 +61,54 @@ def associate(setting: Sequence[str], outcome: Sequence[float], *, seed: int = 0
         setting: Values as MLflow keeps them: numbers if all of them are.
         seed: Of the permutations and the bootstrap.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test, rankdata
 
     read = [value for text in setting if isinstance(value := number(text), float)]
     signed = len(read) == len(setting)
-    coded = {text: float(code) for code, text in enumerate(sorted(set(setting)))}
-    x_N = np.array(read if signed else [coded[text] for text in setting])
+    x_N = np.array(read) if signed else np.unique(list(setting), return_inverse=True)[1]
     y_N = np.asarray(outcome, dtype=float)
-    n, measure = len(x_N), correlation if signed else ratio
-    if n < 2 or len(set(x_N.tolist())) < 2 or len(set(y_N.tolist())) < 2:
+    if len(set(x_N.tolist())) < 2 or len(set(y_N.tolist())) < 2:
         return Association(math.nan, math.nan, math.nan, math.nan, signed)
+    measure = correlation if signed else ratio
 
-    def ranks(values_RN: np.ndarray) -> np.ndarray:
-        return np.asarray(rankdata(values_RN, axis=-1))
+    def of_ranks(x_RN: np.ndarray, y_RN: np.ndarray, axis: int = -1) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):  # a sample of one value only
+            own_RN = rankdata(x_RN, axis=-1) if signed else x_RN
+            return measure(own_RN, rankdata(y_RN, axis=-1))
 
-    draw = np.random.default_rng(seed)
-    of_x_N = ranks(x_N) if signed else x_N
-    value = float(measure(of_x_N[None], ranks(y_N)[None])[0])
-    shuffled_RN = draw.permuted(np.tile(ranks(y_N), (REPETITIONS, 1)), axis=1)
-    chance_R = measure(np.broadcast_to(of_x_N, shuffled_RN.shape), shuffled_RN)
-    p = (1 + int((np.abs(chance_R) >= abs(value) - 1e-12).sum())) / (1 + REPETITIONS)
-    again_RN = draw.integers(0, n, (REPETITIONS, n))
-    x_RN = ranks(x_N[again_RN]) if signed else x_N[again_RN]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        boot_R = measure(x_RN, ranks(y_N[again_RN]))
-    boot_R = boot_R[np.isfinite(boot_R)]
-    low, high = np.quantile(boot_R, [0.025, 0.975])
-    return Association(value, float(low), float(high), p, signed)
+    options: dict[str, Any] = {"n_resamples": REPETITIONS, "vectorized": True, "rng": seed}
+    chance = permutation_test(
+        (rankdata(y_N),),
+        lambda y_RN, axis: measure(rankdata(x_N) if signed else x_N, y_RN),
+        permutation_type="pairings",
+        alternative="two-sided" if signed else "greater",
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # of samples of one value only
+        boot = bootstrap((x_N, y_N), of_ranks, paired=True, method="percentile", **options)
+    low, high = np.nanquantile(boot.bootstrap_distribution, [0.025, 0.975])
+    return Association(
+        float(of_ranks(x_N, y_N)), float(low), float(high), float(chance.pvalue), signed
+    )
 
 
 def correlation(x_RN: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each row: of ranks it is Spearman's."""
-    x_RN = x_RN - x_RN.mean(1, keepdims=True)
-    y_RN = y_RN - y_RN.mean(1, keepdims=True)
-    return np.asarray((x_RN * y_RN).sum(1) / np.sqrt((x_RN**2).sum(1) * (y_RN**2).sum(1)))
+    """Pearson's correlation over the last axis: of ranks it is Spearman's."""
+    x_RN = x_RN - x_RN.mean(-1, keepdims=True)
+    y_RN = y_RN - y_RN.mean(-1, keepdims=True)
+    return np.asarray((x_RN * y_RN).sum(-1) / np.sqrt((x_RN**2).sum(-1) * (y_RN**2).sum(-1)))
 
 
 def ratio(groups_RN: np.ndarray, y_RN: np.ndarray) -> np.ndarray:
-    """Root of the share of the ranks' variance that lies between groups, of each row."""
-    centred_RN = y_RN - y_RN.mean(1, keepdims=True)
-    between_R = np.zeros(len(y_RN))
-    for group in np.unique(groups_RN):
-        inside_RN = groups_RN == group
-        count_R = np.maximum(inside_RN.sum(1), 1)
-        between_R += (centred_RN * inside_RN).sum(1) ** 2 / count_R
-    return np.asarray(np.sqrt(between_R / (centred_RN**2).sum(1)))
+    """Root of the share of the ranks' variance that lies between groups, over the last axis."""
+    y_RN = y_RN - y_RN.mean(-1, keepdims=True)
+    inside = [groups_RN == group for group in np.unique(groups_RN)]
+    between = sum(
+        (y_RN * own).sum(-1) ** 2 / np.maximum(np.broadcast_to(own, y_RN.shape).sum(-1), 1)
+        for own in inside
+    )
+    return np.asarray(np.sqrt(between / (y_RN**2).sum(-1)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -115,7 +121,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     return raised
 
 
-def importance_table(sweep: Sweep, compared: Sequence[Trial]) -> Table:
+def importance_table(sweep: Sweep, compared: Sequence[Trial]) -> TextTable:
     """Lay out the associations of every searched setting with every objective."""
     keys = [key for key in sweep.keys if key != "seed"]
     n = len(compared)
@@ -127,7 +133,7 @@ def importance_table(sweep: Sweep, compared: Sequence[Trial]) -> Table:
         rows.append((name, str(len(values)), *(found[place] for found in columns)))
     title = f"What goes with better numbers, over {n} trial(s)"
     few = f"{n} trials are too few to tell (fewer than {ENOUGH}): nothing is claimed."
-    return Table(
+    return TextTable(
         title,
         (*names, *(axis.title for axis in sweep.axes)),
         tuple(rows) if n > 2 else (),  # of two trials the ranks agree, or disagree, wholly
@@ -137,19 +143,20 @@ def importance_table(sweep: Sweep, compared: Sequence[Trial]) -> Table:
 
 
 def column(keys: Sequence[str], compared: Sequence[Trial], axis: Objective) -> list[str]:
-    """Write one objective's associations, with what they allow to say."""
+    """Write one objective's associations with their p-values."""
     outcome = [value for trial in compared if (value := trial.value(axis.metric)) is not None]
     found = [
         associate([trial.run.params.get(key, "-") for trial in compared], outcome) for key in keys
     ]
     raised = holm([each.p for each in found])
     return [
-        told(each, p, enough=len(compared) >= ENOUGH) for each, p in zip(found, raised, strict=True)
+        described(each, p, enough=len(compared) >= ENOUGH)
+        for each, p in zip(found, raised, strict=True)
     ]
 
 
-def told(found: Association, p: float, *, enough: bool) -> str:
-    """Write an association; without trials enough, or a p below alpha, it claims nothing."""
+def described(found: Association, p: float, *, enough: bool) -> str:
+    """Write an association; of too few trials, or with a p above alpha, it claims nothing."""
     if math.isnan(found.value):
         return "one value only"
     sign = "+" if found.signed else ""

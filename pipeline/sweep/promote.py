@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.cli.arguments import fail, read_arguments
+from pipeline.nearest_names import unknown
 from pipeline.sweep.trial_tables import number
 from pipeline.sweep.trials import Objective, Sweep, Trial, competing, is_share, read_sweep
 from pipeline.tracking import download, log_torch_model, mlflow_client, resolve_uri
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> int:
     if not given.names:
         raise ValueError("which sweep? give the run id of its parent run, or latest")
     settings = dict(given.settings)
-    if unknown := [key for key in settings if key not in KEYS]:
-        raise ValueError(f"no key {unknown[0]!r}, only {', '.join(KEYS)}")
+    if wrong := [key for key in settings if key not in KEYS]:
+        raise unknown("key", wrong[0], KEYS)
     uri = resolve_uri(settings.get("tracking_uri"))
     try:
         sweep = read_sweep(uri, given.names[0], settings.get("experiment", "robust-moe"))

@@ -1,4 +1,4 @@
-"""Reads a sweep from MLflow: the parent run, what it searched and for what, and its trials."""
+"""Trials of a sweep, read from MLflow: parent run, objectives, searched keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from typing import Any
 
 from pipeline.measures.confidence import wilson
 from pipeline.report.grouping import conditions_of
-from pipeline.report.runs import Run, every, run_of
 from pipeline.report.statistics import Estimate, estimate
-from pipeline.tracking import SQLITE, download, mlflow_client, resolve_uri, without_password
+from pipeline.tracking import download, resolve_uri, without_password
 from pipeline.tracking.client import active_run
+from pipeline.tracking.queries import (
+    KIND,
+    PARENT,
+    Run,
+    experiment_of,
+    newest,
+    reading,
+    run_of,
+    search,
+)
 
-KIND = "robust_moe.kind"
 STATUSES = ("finished", "stopped", "failed", "infeasible")
 HUGE = 1e300  # MLflow's databases keep infinity as the largest float
 SHARES = {
@@ -57,7 +65,7 @@ class Objective:
         return "ra" if name == "ra_worst" else name
 
     def score(self, value: float) -> float:
-        """Turn a value round where lower is better."""
+        """Negate a value where lower is better."""
         return value if self.mode == "max" else -value
 
 
@@ -67,7 +75,7 @@ class Trial:
 
     Attributes:
         number: As the sweep counts them.
-        status: One of ``STATUSES``, or ``running`` for one that has not said how it ended.
+        status: One of ``STATUSES``, or ``running`` without one.
         reason: Why it is infeasible or failed.
     """
 
@@ -77,13 +85,13 @@ class Trial:
     reason: str = ""
 
     def value(self, metric: str) -> float | None:
-        """Look up a number; None where there is none, or none that is finite."""
+        """Look up a metric; None where there is none, or none that is finite."""
         found = self.run.metrics.get(metric)
         return found if found is not None and is_finite(found) else None
 
     @property
     def images(self) -> int | None:
-        """Validation images that its shares count; None where it does not say."""
+        """Number of validation images of its shares; None where it is not known."""
         count = self.value("val/images")
         return int(count) if count else None
 
@@ -102,12 +110,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parent run, what it says of its search, and its trials in their order.
+    """A parent run, the settings of its search, and its trials in their order.
 
     Attributes:
         keys: Dotted settings that were searched.
-        objectives: What the sweep itself compared trials by.
-        notes: What was left out while reading, in words.
+        objectives: Metrics that the sweep itself compared trials by.
+        notes: Lines about runs that were left out while reading.
     """
 
     parent: Run
@@ -122,7 +130,7 @@ class Sweep:
 
     @property
     def axes(self) -> tuple[Objective, ...]:
-        """What the front weighs: the objectives if there are several, else SA, RA and GMAC."""
+        """Axes of the front: the objectives if there are several, else SA, RA and GMAC."""
         if len(self.objectives) > 1:
             return self.objectives
         robust = [o.metric for o in self.objectives if o.metric.startswith("val/ra")]
@@ -130,12 +138,12 @@ class Sweep:
         return Objective("val/sa", "max"), Objective(ra, "max"), Objective("cost/gmac", "min")
 
     def having(self, *statuses: str) -> list[Trial]:
-        """Select trials by how they ended."""
+        """Select trials by status."""
         return [trial for trial in self.trials if trial.status in statuses]
 
     @property
     def counts(self) -> Counter[str]:
-        """How many trials ended how."""
+        """Number of trials by status."""
         return Counter(trial.status for trial in self.trials)
 
 
@@ -168,93 +176,68 @@ def read_sweep(tracking_uri: str | None, parent: str, experiment: str = "robust-
         ConnectionError: The server does not answer.
     """
     uri = resolve_uri(tracking_uri)
-    shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        raise ValueError(f"no tracking database {shown}")
-    try:
-        client = mlflow_client()(uri)
-        record = find_parent(client, parent, experiment, shown)
-        children = every(
-            client,
-            record.info.experiment_id,
-            f"tags.`mlflow.parentRunId` = '{record.info.run_id}'",
-        )
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
-    told = read_told(uri, record.info.run_id, experiment)
-    trials, again = once_each(trial_of(run_of(child)) for child in children)
+    with reading(uri) as client:
+        run, where = find_parent(client, parent, experiment, uri)
+        children = search(client, where, f"tags.`{PARENT}` = '{run.run_id}'")
+    plan = read_plan(uri, run.run_id, experiment)
+    trials, again = once_each(map(trial_of, children))
     return Sweep(
-        parent=run_of(record),
-        space=str(told.get("space") or record.data.tags.get("space", "")),
-        preset=str(told.get("preset", "")),
-        objectives=tuple(Objective(str(m), str(mode)) for m, mode in told["objectives"]),
-        keys=tuple(map(str, told["keys"])),
-        split=str(told.get("split", "validation")),
+        parent=run,
+        space=str(plan.get("space") or run.tags.get("space", "")),
+        preset=str(plan.get("preset", "")),
+        objectives=tuple(Objective(str(m), str(mode)) for m, mode in plan["objectives"]),
+        keys=tuple(map(str, plan["keys"])),
+        split=str(plan.get("split", "validation")),
         trials=tuple(trials),
-        tier=str(told.get("tier", "")),
+        tier=str(plan.get("tier", "")),
         notes=(f"{again} older run(s) of trials that ran again are left out.",) if again else (),
     )
 
 
-def find_parent(client: Any, parent: str, experiment: str, shown: str) -> Any:
-    """Find the parent run of a sweep, or raise ValueError with what there is."""
+def find_parent(client: Any, parent: str, experiment: str, uri: str) -> tuple[Run, str]:
+    """Find the parent run of a sweep, and the id of its experiment.
+
+    Raises:
+        ValueError: There is no such run or experiment, or the run is no sweep.
+    """
+    shown = without_password(uri)
     if parent != "latest":
         if (record := active_run(client, parent)) is None:
             raise ValueError(f"no run {parent!r} in {shown}")
         if (kind := record.data.tags.get(KIND)) != "sweep":
             raise ValueError(f"run {parent!r} must be a sweep (tag {KIND}), got {kind!r}")
-        return record
-    if (place := client.get_experiment_by_name(experiment)) is None:
-        raise ValueError(f"no experiment {experiment!r} in {shown}")
-    newest = client.search_runs(
-        [place.experiment_id],
-        f"tags.`{KIND}` = 'sweep'",
-        max_results=1,
-        order_by=["attributes.start_time DESC"],
-    )
-    if not newest:
+        return run_of(record), str(record.info.experiment_id)
+    where = experiment_of(client, experiment, uri)
+    if not (found := newest(client, where, f"tags.`{KIND}` = 'sweep'", "start_time")):
         raise ValueError(f"no sweep in experiment {experiment!r} of {shown}")
-    return newest[0]
+    return found[0], where
 
 
-def read_told(uri: str, run_id: str, experiment: str) -> dict[str, Any]:
-    """Read ``sweep.json``, in which the driver says what it searches."""
+def read_plan(uri: str, run_id: str, experiment: str) -> dict[str, Any]:
+    """Read ``sweep.json``, in which the driver writes what it searches."""
     with tempfile.TemporaryDirectory() as folder:
         file = download(uri, run_id, "sweep.json", Path(folder), experiment)
         try:
-            told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"sweep.json of run {run_id} is not JSON: {error}") from error
-    missing = [key for key in ("objectives", "keys") if key not in told]
+    missing = [key for key in ("objectives", "keys") if key not in plan]
     if missing:
         raise ValueError(f"sweep.json of run {run_id} lacks {', '.join(missing)}")
-    return told
+    return plan
 
 
 def trial_of(run: Run) -> Trial:
-    """Take a child run for a trial."""
+    """Make a trial of a child run."""
     status = run.tags.get("status", "running")
-    reason = run.tags.get("reason", "")
-    return Trial(run, run.tags.get("trial", run.name), status, reason)
+    return Trial(run, run.tags.get("trial", run.name), status, run.tags.get("reason", ""))
 
 
 def once_each(trials: Iterable[Trial]) -> tuple[list[Trial], int]:
-    """Keep one run of each trial, the finished one or the newest; say how many others there are."""
-    best: dict[str, Trial] = {}
-    count = 0
-    for trial in trials:
-        count += 1
-        rival = best.get(trial.number)
-        if rival is None or standing(trial) > standing(rival):
-            best[trial.number] = trial
-    return sorted(best.values(), key=lambda trial: natural(trial.number)), count - len(best)
-
-
-def standing(trial: Trial) -> tuple[bool, int]:
-    """Order runs of one trial."""
-    return trial.status == "finished", trial.run.ended
+    """Keep one run of each trial, the finished one or the newest; count the others."""
+    every = sorted(trials, key=lambda trial: (trial.status == "finished", trial.run.ended))
+    best = {trial.number: trial for trial in every}
+    return sorted(best.values(), key=lambda trial: natural(trial.number)), len(every) - len(best)
 
 
 def natural(number: str) -> tuple[int, str]:
@@ -263,10 +246,11 @@ def natural(number: str) -> tuple[int, str]:
 
 
 def competing(sweep: Sweep) -> tuple[list[Trial], list[str]]:
-    """Select the trials that may be compared; say of every other finished one why not.
+    """Select the trials that may be compared; give for every other finished one the reason.
 
-    A trial competes if it is finished, has a finite number on every axis, and was judged under the
-    threat and on the data of most others; settings of the data that the sweep searches may differ.
+    A trial competes if it is finished, has a finite number on every axis, and was evaluated under
+    the threat and on the data of most others; settings of the data that the sweep searches may
+    differ.
     """
     notes, able = [], []
     for trial in sweep.having("finished"):
@@ -276,21 +260,22 @@ def competing(sweep: Sweep) -> tuple[list[Trial], list[str]]:
             notes.append(f"Trial {trial.number} is not compared: {said}.")
         else:
             able.append(trial)
-    judged = {trial.number: judged_by(trial, sweep.keys) for trial in able}
-    most = Counter(tuple(sorted(found.items())) for found in judged.values()).most_common(1)
+    conditions = {trial.number: conditions_but(trial, sweep.keys) for trial in able}
+    most = Counter(tuple(sorted(found.items())) for found in conditions.values()).most_common(1)
     usual = dict(most[0][0]) if most else {}
     for trial in list(able):
-        own = judged[trial.number]
+        own = conditions[trial.number]
         apart = [key for key in {**usual, **own} if own.get(key) != usual.get(key)]
         if apart:
             said = ", ".join(f"{k} {own.get(k)} (others {usual.get(k)})" for k in apart)
-            notes.append(f"Trial {trial.number} is not compared, judged otherwise: {said}.")
+            why = f"evaluated under other conditions: {said}"
+            notes.append(f"Trial {trial.number} is not compared, {why}.")
             able.remove(trial)
     return able, notes
 
 
-def judged_by(trial: Trial, searched: Sequence[str]) -> Mapping[str, str]:
-    """Return what must be equal for numbers to be comparable."""
+def conditions_but(trial: Trial, searched: Sequence[str]) -> Mapping[str, str]:
+    """Return the settings that must be equal for comparable numbers, less those searched."""
     found = conditions_of(trial.run) | {"dataset": trial.run.params.get("dataset", "")}
     exempt = {key for key in searched if key.startswith("dataset.")}
     return {key: value for key, value in found.items() if key not in exempt}

@@ -1,4 +1,4 @@
-"""MLflow, for the driver process: one run is told in events, and kept on disk until MLflow has it.
+"""MLflow tracking for the driver process: events of a run, kept on disk until MLflow has them.
 
 Only this room, ``report`` and ``sweep`` import mlflow, inside functions: that takes seconds.
 """

@@ -95,14 +95,12 @@ def alone(uri: str) -> Iterator[None]:
 
     MLflow's own lock is not enough: of two first users at once, one fails in the migrations.
     """
-    import fcntl
+    from filelock import FileLock
 
     with ExitStack() as stack:
         if uri.startswith(SQLITE):
-            folder = Path(uri.removeprefix(SQLITE)).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)  # a lock on the folder leaves no file behind
-            stack.callback(os.close, handle)
-            with suppress(OSError):  # some network file systems lock no folders
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            path = Path(uri.removeprefix(SQLITE))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError, NotImplementedError):  # some network file systems have no locks
+                stack.enter_context(FileLock(f"{path}.lock"))
         yield

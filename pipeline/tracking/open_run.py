@@ -40,4 +40,4 @@ def commit() -> str:
         )
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("ROBUST_MOE_COMMIT", "unknown")  # told by pipeline.submit
+        return os.environ.get("ROBUST_MOE_COMMIT", "unknown")  # set by pipeline.submit

@@ -1,7 +1,7 @@
-"""What a run wants to tell its tracking server, kept on disk until the server has it.
+"""Outbox of a run: journal rows on disk, and the thread that sends them to the server.
 
-The journal is a file of JSON lines and knows how far it was sent. The courier is the thread that
-sends it. Neither knows which server that is.
+The journal is a file of JSON lines and knows how far it was sent. Neither it nor the
+thread knows which server that is.
 """
 
 import json
@@ -25,7 +25,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 class Journal:
-    """Append-only rows ``{"kind", "time_ms", ...}``, and beside them how many bytes were sent.
+    """Append-only rows ``{"kind", "time_ms", ...}``, with a count of the bytes that were sent.
 
     Each row is one write, so a process killed at any byte leaves at most a torn last line, which
     is cut off on reopening. Nothing is synced: rows survive the process, not a power cut.
@@ -53,7 +53,7 @@ class Journal:
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Note metrics, less those that are not finite or whose key already has this step.
 
-        A resumed run repeats the steps since its checkpoint: the first telling counts.
+        A resumed run repeats the steps since its checkpoint: the first one counts.
         """
         named = {name_for_server(key): float(value) for key, value in values.items()}
         with self._lock:
@@ -146,7 +146,7 @@ def name_for_server(key: str) -> str:
     return "/".join(part for part in parts if part not in {"", ".", ".."}) or "_"
 
 
-class Courier(threading.Thread):
+class SenderThread(threading.Thread):
     """Daemon thread that sends a journal in order and, after an error, waits 1, 2, 4 ... 30 s.
 
     Args:
@@ -194,7 +194,7 @@ class Courier(threading.Thread):
 
     @property
     def over(self) -> bool:
-        """Whether the thread was told to stop, maybe in the middle of a request."""
+        """Whether the thread is to stop, maybe in the middle of a request."""
         return self._over.is_set()
 
     def wake(self) -> None:
@@ -202,7 +202,7 @@ class Courier(threading.Thread):
         self._wake.set()
 
     def finish(self, timeout: float) -> bool:
-        """Send without pauses for at most ``timeout`` seconds, then stop; tell whether all went."""
+        """Send for at most ``timeout`` seconds, then stop; return whether all was sent."""
         deadline = time.monotonic() + timeout
         self._hurry.set()
         self._wake.set()

@@ -1,4 +1,4 @@
-"""Takes a journal's rows to MLflow: finds or makes the run, sends, tells refusal from outage."""
+"""Sender of a journal's rows to MLflow: finds or makes the run, separates refusal from outage."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ FILES = {"artifact", "model"}  # rows that name files: these go to a store of th
 TRIES = 3  # of a file, before others go first
 
 
-class Delivery:
-    """Sends rows for one run, in the courier's thread.
+class RunSender:
+    """Sends rows for one run, in the sender's thread.
 
     Attributes:
         info: What ``run.json`` holds; kept there as soon as the server has named the run.
@@ -46,13 +46,13 @@ class Delivery:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until a server has heard of it."""
+        """MLflow's id of the run; None until a server has the run."""
         return str(self.info["run_id"]) if self.info["run_id"] else None
 
     def deliver(self, rows: list[Row]) -> int:
         """Send some leading rows; return how many.
 
-        Whatever is thrown here is an outage: the courier waits and calls again. What the server
+        Whatever is thrown here is an outage: the thread waits and calls again. What the server
         refuses for good is passed over with a warning. A file that its store does not take, while
         the server itself answers, moves behind the rows that wait for it.
         """
@@ -158,7 +158,7 @@ class Delivery:
         replace_file(self.folder / "run.json", json.dumps(self.info, indent=2))
 
     def say(self, error: Exception) -> str:
-        """Tell an error in one line, without passwords."""
+        """Write an error in one line, without passwords."""
         text = f"{type(error).__name__}: {error}"
         text = text.rpartition("Caused by ")[2]  # how requests wraps what really happened
         text = text.replace(self._uri, self.info["tracking_uri"])

@@ -1,4 +1,4 @@
-"""One run as its driver tells it: events in, a journal on disk, and no long wait for MLflow."""
+"""Tracker of one run: events in, a journal on disk, and no long wait for MLflow."""
 
 import json
 import logging
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.tracking.client import SQLITE, mlflow_client, resolve_uri
 from pipeline.tracking.model_logging import write_model
-from pipeline.tracking.outbox import Courier, Journal
-from pipeline.tracking.sender import Delivery, load_info
+from pipeline.tracking.outbox import Journal, SenderThread
+from pipeline.tracking.sender import RunSender, load_info
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ RESULTS = (
 
 
 class OutageError(ConnectionError):
-    """MLflow is away, and the run was told not to go on without it."""
+    """MLflow is away, and the run must not go on without it."""
 
 
 def patience() -> float:
@@ -74,9 +74,9 @@ class Tracker:
         self.folder, self.strict, self.patience = folder, strict, patience()
         self.journal = Journal(folder)
         self._uri, self._info, self._problem = uri, info, ""
-        self._delivery = Delivery(folder, uri, info, self.journal)
-        self._courier = Courier(self.journal, self._delivery.deliver, self._report)
-        self._delivery.over = lambda: self._courier.over
+        self._sender = RunSender(folder, uri, info, self.journal)
+        self._thread = SenderThread(self.journal, self._sender.deliver, self._report)
+        self._sender.over = lambda: self._thread.over
 
     @classmethod
     def open(
@@ -104,12 +104,12 @@ class Tracker:
             info |= {"name": name, "params": {key: str(value) for key, value in params.items()}}
         folder.mkdir(parents=True, exist_ok=True)
         tracker = cls(folder, uri, info, strict=strict)
-        tracker._delivery.save()
+        tracker._sender.save()
         for key, value in {**tags, "status": "running"}.items():
             tracker.journal.tag(key, str(value))
         tracker.journal.note("status", value="RUNNING")
         tracker._start()
-        if strict and not tracker._delivery.connected:
+        if strict and not tracker._sender.connected:
             error = tracker.outage()
             tracker.close("failed", timeout=0.0)
             raise error
@@ -117,18 +117,18 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until a server has heard of it."""
-        return self._delivery.run_id
+        """MLflow's id of the run; None until a server has the run."""
+        return self._sender.run_id
 
     @property
     def problem(self) -> str:
         """Why nothing can be sent at the moment, without passwords; empty if all is well."""
-        return self._problem if self._courier.failures else ""
+        return self._problem if self._thread.failures else ""
 
     @property
     def away(self) -> float:
         """Seconds since MLflow took something last, if an attempt has failed since; else 0."""
-        return self._courier.failing
+        return self._thread.failing
 
     def outage(self) -> OutageError:
         """Make the error that an outage is to a strict run."""
@@ -151,7 +151,7 @@ class Tracker:
         elif kind == "artifacts":
             folder = Path(event["folder"])
             self._note_artifacts(folder, [path for path in RESULTS if (folder / path).exists()])
-        self._courier.wake()
+        self._thread.wake()
 
     def upload(
         self, folder: Path, paths: Sequence[str], *, timeout: float | None = None
@@ -163,12 +163,12 @@ class Tracker:
         """
         missing = [path for path in paths if not (folder / path).exists()]
         self._note_artifacts(folder, [path for path in paths if path not in missing])
-        self._courier.wake()
+        self._thread.wake()
         deadline = time.monotonic() + (self.patience if timeout is None else timeout)
         while not self.journal.drained and not self.problem and time.monotonic() < deadline:
             time.sleep(0.02)
         late = {row.get("path") for row, _ in self.journal.unsent(limit=1_000_000)}
-        lost = {*missing, *late, *self._delivery.refused}
+        lost = {*missing, *late, *self._sender.refused}
         return [path for path in paths if path in lost]
 
     def log_model(
@@ -191,14 +191,14 @@ class Tracker:
         try:
             write_model(self.folder / name, exported_module, example_BCHW)
         except Exception as error:  # a model that cannot be logged must not fail a trained run
-            LOG.warning("no model logged: %s", self._delivery.say(error))
+            LOG.warning("no model logged: %s", self._sender.say(error))
             return False
         self.journal.note("model", path=name)
-        self._courier.wake()
+        self._thread.wake()
         return True
 
     def close(self, status: str, *, timeout: float | None = None) -> bool:
-        """End the run with one of ``STATUSES``; tell whether MLflow has everything.
+        """End the run with one of ``STATUSES``; return whether MLflow has everything.
 
         What is left stays in the journal, for the next ``open`` or ``send_rest``.
         """
@@ -223,17 +223,17 @@ class Tracker:
     def _start(self) -> None:
         """Begin to send; wait for the run's id, but not for a server that is away."""
         mlflow_client()  # imported here, not at the same time in the thread
-        self._courier.start()
+        self._thread.start()
         local = self._uri.startswith(SQLITE)
         tries, seconds = (3, max(BUILDING, self.patience)) if local else (1, self.patience)
         deadline = time.monotonic() + seconds
-        while not self._delivery.connected and time.monotonic() < deadline:
-            if self._courier.failures >= tries and not self.strict:
+        while not self._sender.connected and time.monotonic() < deadline:
+            if self._thread.failures >= tries and not self.strict:
                 break  # it may be away for long
             time.sleep(0.02)
 
     def _finish(self, timeout: float | None) -> bool:
-        done = self._courier.finish(self.patience if timeout is None else timeout)
+        done = self._thread.finish(self.patience if timeout is None else timeout)
         if not done:
             LOG.warning("MLflow lacks the end of this run: it waits in %s", self.journal.path)
         return done
@@ -244,8 +244,8 @@ class Tracker:
             self.journal.note("artifact", folder=where, path=path)
 
     def _report(self, error: Exception) -> None:
-        self._problem = self._delivery.say(error)
-        if self._courier.failures == 1:
+        self._problem = self._sender.say(error)
+        if self._thread.failures == 1:
             where, journal = self._info["tracking_uri"], self.journal.path
             LOG.warning("MLflow at %s: %s; metrics wait in %s", where, self._problem, journal)
 
@@ -257,7 +257,7 @@ def send_rest(
     tags: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> bool:
-    """Send what a closed run still has in its journal; tell whether MLflow has everything.
+    """Send what a closed run still has in its journal; return whether MLflow has everything.
 
     Args:
         tags: Those of them that the run does not have are added, whatever their values.
@@ -277,7 +277,7 @@ def send_rest(
 def end_abandoned(
     folder: Path, tracking_uri: str, status: str, *, timeout: float | None = None
 ) -> bool:
-    """End the run of a process that is gone, unless it did so itself; tell if MLflow has it all."""
+    """End the run of a process that is gone, unless it has; return whether MLflow has all."""
     tracker = reopen(folder, tracking_uri)
     if tracker is None or tracker.journal.tags.get("status") != "running":
         return send_rest(folder, tracking_uri, timeout=timeout)
@@ -286,7 +286,7 @@ def end_abandoned(
 
 
 def reopen(folder: Path, tracking_uri: str) -> Tracker | None:
-    """Take up a run that another process told, without a word to MLflow; None: never tracked."""
+    """Open a run of another process without a request to MLflow; None: never tracked."""
     uri = resolve_uri(tracking_uri)
     try:
         experiment = json.loads((folder / "run.json").read_text(encoding="utf-8"))["experiment"]

@@ -98,10 +98,10 @@ def show_points(request: SweepRequest, say: Say) -> int:
     for index in range(request.samples):
         point = next_point(request, index, [])
         found = prospect(request, f"{index:03d}", point)
-        told = f"infeasible: {found.reason}" if found.reason else ""
-        if found.costs and not told:
-            told = f"{found.costs['cost/gmac']:.4g} GMAC, {found.costs['cost/params'] / 1e6:.3g} M"
-        say(f"[{index:03d}] {words(point)}  {told}")
+        text = f"infeasible: {found.reason}" if found.reason else ""
+        if found.costs and not text:
+            text = f"{found.costs['cost/gmac']:.4g} GMAC, {found.costs['cost/params'] / 1e6:.3g} M"
+        say(f"[{index:03d}] {words(point)}  {text}")
     return 0
 
 
@@ -195,14 +195,14 @@ def outcome(log: TrialLog) -> str:
     """Lay out how the trials ended."""
     rows = [("trial", "ended", "validation images", "point")]
     for entry in log.entries:
-        told = reached(entry.metrics) if "val/sa" in entry.metrics else entry.reason
-        rows.append((entry.trial, entry.status, told, words(entry.point)))
+        text = reached(entry.metrics) if "val/sa" in entry.metrics else entry.reason
+        rows.append((entry.trial, entry.status, text, words(entry.point)))
     return aligned(rows, left=4)
 
 
 def failed(log: TrialLog) -> list[TrialRecord]:
     """List the trials that failed."""
-    return [entry for entry in log.entries if entry.status == "failed"]
+    return log.having("failed")
 
 
 def conclude(log: TrialLog, status: str) -> int:

@@ -1,4 +1,4 @@
-"""ASHA, told again what it was told before its process was killed."""
+"""ASHA scheduler that replays the reports of an earlier process."""
 
 from __future__ import annotations
 

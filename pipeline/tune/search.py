@@ -30,7 +30,7 @@ def next_point(request: SweepRequest, index: int, known: Iterable[Known]) -> Poi
 
 
 def suggested(request: SweepRequest, seed: int, known: Iterable[Known]) -> Point:
-    """Ask Optuna's multi-objective TPE (arXiv:2304.11127), told all that is known.
+    """Ask Optuna's multi-objective TPE (arXiv:2304.11127), from all known trials.
 
     The study is made again from the log each time, and its sampler seeded by the trial's number:
     nothing has to be saved, and a sweep that goes on suggests what it would have. The first ten

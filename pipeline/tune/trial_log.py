@@ -1,39 +1,35 @@
-"""What became of each trial: on disk, in its own MLflow run, and in the parent run of the sweep."""
+"""Log of a sweep's trials: on disk, in their own MLflow runs, and in the parent run."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.overrides import flatten
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
-from pipeline.tracking.queries import PARENT
+from pipeline.tracking.queries import KIND, PARENT
+from pipeline.tracking.record_log import ChildRecord, RecordLog
 from pipeline.tune.asha import Report
 from pipeline.tune.search import Known, next_point
 from pipeline.tune.sweep_request import Prospect, SweepRequest, prospect
 
-KIND = "robust_moe.kind"  # tag of a run that is the parent of a sweep's trials
 OVER = ("finished", "stopped", "infeasible")
 SPLIT = "validation"  # whose images the trials are compared on
 
 
-@dataclass
-class TrialRecord:
+@dataclass(kw_only=True)
+class TrialRecord(ChildRecord):
     """One trial: ``running``, ``finished``, ``stopped`` early, ``infeasible``, ``failed`` or
-    ``preempted``, and why."""
+    ``preempted``."""
 
     trial: str
     point: dict[str, Any]
     status: str = "running"
-    reason: str = ""
-    seconds: float = 0.0
-    run_id: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -41,34 +37,23 @@ class TrialRecord:
         return self.status in OVER
 
 
-class TrialLog:
-    """Keeps the trials of a sweep; the sweep's process alone writes it, and talks to MLflow.
+class TrialLog(RecordLog[TrialRecord]):
+    """Trials of a sweep, logged on disk and in MLflow.
 
     Attributes:
-        entries: In the order of their numbers.
-        reports: What the scheduler was told, in its order.
+        reports: Reports that the scheduler has had, in their order.
     """
 
     def __init__(self, request: SweepRequest):
-        self.request, self.folder = request, request.folder
-        self.entries: list[TrialRecord] = []
+        super().__init__(request.folder, "trials.json")
+        self.request = request
         self.reports: list[Report] = []
         self.halted: dict[str, int] = {}
         self._open: dict[str, Tracker] = {}
         self._began: dict[str, float] = {}
-        self._tracker: Tracker | None = None
-        try:
-            kept = json.loads((self.folder / "trials.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return
-        self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
-        self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
-
-    @property
-    def tracker(self) -> Tracker:
-        """The parent run."""
-        assert self._tracker is not None
-        return self._tracker
+        if kept := self.read():
+            self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
+            self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
 
     @property
     def left(self) -> int:
@@ -82,19 +67,10 @@ class TrialLog:
         are taken up when these are.
         """
         request = self.request
-        self._tracker = Tracker.open(
-            self.folder,
-            tracking_uri=request.base.tracking_uri,
-            experiment=request.base.experiment,
-            name=self.folder.name,
-            params={key: str(value) for key, value in self.plan().items()},
-            tags={
-                "commit": commit(),
-                KIND: "sweep",
-                "space": request.name,
-                "num_samples": str(request.samples),
-                "run_folder": str(self.folder),
-            },
+        self.open_parent(
+            request.base,
+            {key: str(value) for key, value in self.plan().items()},
+            {KIND: "sweep", "space": request.name, "num_samples": str(request.samples)},
         )
         text = {key: value for key, value in self.plan().items() if key in SWEEP_JSON}
         replace_file(self.folder / "sweep.json", json.dumps(text, indent=2) + "\n")
@@ -107,7 +83,7 @@ class TrialLog:
                 send_rest(folder, request.base.tracking_uri)
 
     def plan(self) -> dict[str, Any]:
-        """Say what is searched, and how."""
+        """Return the search's settings."""
         request = self.request
         return {
             "space": request.name,
@@ -147,12 +123,12 @@ class TrialLog:
         if (index := len(self.entries)) >= self.request.samples:
             return None
         self.entries.append(
-            TrialRecord(f"{index:03d}", next_point(self.request, index, self.known()))
+            TrialRecord(trial=f"{index:03d}", point=next_point(self.request, index, self.known()))
         )
         return self.entries[-1]
 
     def start(self, entry: TrialRecord, found: Prospect) -> None:
-        """Open or continue the MLflow run of a trial, and tell it what its net costs."""
+        """Open or continue the MLflow run of a trial, and log the cost of its net."""
         config, folder = found.config, self.request.trial_folder(entry.trial)
         parent = self.tracker.run_id
         tags = {"commit": commit(), "trial": entry.trial, "run_folder": str(folder)}
@@ -189,7 +165,7 @@ class TrialLog:
             self.entry(event["trial"]).metrics |= kept
 
     def note(self, report: Report) -> None:
-        """Keep what the scheduler is told."""
+        """Log a report that the scheduler gets."""
         self.reports.append(report)
         self.write()
 
@@ -224,21 +200,17 @@ class TrialLog:
         return found
 
     def write(self) -> None:
-        """Keep everything on disk."""
-        kept = {"trials": [asdict(entry) for entry in self.entries], "reports": self.reports}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / "trials.json", json.dumps(kept, indent=1) + "\n")
+        """Write the log to disk."""
+        trials = [asdict(entry) for entry in self.entries]
+        self.save({"trials": trials, "reports": self.reports})
 
     def close(self, status: str) -> bool:
-        """End the MLflow runs that are open; tell whether MLflow has everything."""
+        """End the MLflow runs that are open; return whether MLflow has everything."""
         if self._tracker is None:
             return True
         for trial in list(self._open):
             self.end(trial, "preempted" if status == "preempted" else "failed")
-        for name in (*OVER, "failed"):
-            count = sum(entry.status == name for entry in self.entries)
-            self.tracker.handle({"kind": "tag", "key": f"trials_{name}", "value": str(count)})
-        return self.tracker.close(status)
+        return self.close_parent(status, "trials", (*OVER, "failed"))
 
 
 SWEEP_JSON = ("space", "preset", "objectives", "keys", "split", "tier")

@@ -20,7 +20,7 @@ from pipeline.tune.asha import Halving, Unkept
 from pipeline.tune.trial_log import TrialLog, TrialRecord
 
 HEAD = {"node:__internal_head__": 0.001}
-"""What a trial's own process takes: no CPU, which its workers would wait for in vain."""
+"""Resources of a trial's own process: no CPU, which its workers would wait for."""
 POLL = 0.3  # seconds between two looks into the queue
 Say = Callable[[str], None]
 
@@ -63,7 +63,7 @@ class Chooser(Unkept, Searcher):  # type: ignore[misc]
         if entry is None:
             return Searcher.FINISHED
         self.say(f"[{entry.trial}] {words(entry.point)}")
-        return as_told(self.log, entry)
+        return trial_settings(self.log, entry)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -77,8 +77,8 @@ class Chooser(Unkept, Searcher):  # type: ignore[misc]
         """Restore nothing: the log is read."""
 
 
-def as_told(log: TrialLog, entry: TrialRecord) -> dict[str, Any]:
-    """Write down what a trial's process needs to know."""
+def trial_settings(log: TrialLog, entry: TrialRecord) -> dict[str, Any]:
+    """Return the settings of a trial's process."""
     return {
         "trial": entry.trial,
         "config": flatten(log.request.config(entry.trial, entry.point)),
@@ -95,12 +95,12 @@ class Course(Unkept, tune.Callback):  # type: ignore[misc]
         self.last = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Take the mail every so often."""
+        """Poll the event queue every so often."""
         if time.monotonic() - self.last > POLL:
             self.take()
 
     def take(self) -> None:
-        """Hand on what the workers have sent."""
+        """Handle the events that the workers have sent."""
         for event in ray.get(self.queue.take.remote()):
             self.log.handle(event)
             if event["kind"] in ("finished", "failed"):
@@ -110,29 +110,29 @@ class Course(Unkept, tune.Callback):  # type: ignore[misc]
         self.last = time.monotonic()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note how a trial ended."""
+        """Log the end of a trial."""
         name = str(trial.config["trial"])
         self.take()
         ending = self.endings.get(name, {"kind": "failed", "text": "ended without a result"})
         if name in self.log.halted:
             reason = f"by ASHA after epoch {self.log.halted[name]}"
-            self.tell(self.log.end(name, "stopped", reason))
+            self.say_end(self.log.end(name, "stopped", reason))
         elif ending["kind"] == "finished":
-            self.tell(self.log.end(name, "finished"))
+            self.say_end(self.log.end(name, "finished"))
         else:
-            self.tell(self.log.end(name, "failed", str(ending["text"])))
+            self.say_end(self.log.end(name, "failed", str(ending["text"])))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note why a trial failed."""
+        """Log the error of a trial."""
         name = str(trial.config["trial"])
         self.take()
         error = trial.get_error()
-        self.tell(self.log.end(name, "failed", cause(error) if error else "unknown"))
+        self.say_end(self.log.end(name, "failed", cause(error) if error else "unknown"))
 
-    def tell(self, entry: TrialRecord) -> None:
-        """Say how a trial ended."""
-        told = entry.reason or reached(entry.metrics)
-        self.say(f"[{entry.trial}] {entry.status} after {span(entry.seconds)}: {told}")
+    def say_end(self, entry: TrialRecord) -> None:
+        """Print the end of a trial."""
+        text = entry.reason or reached(entry.metrics)
+        self.say(f"[{entry.trial}] {entry.status} after {span(entry.seconds)}: {text}")
 
 
 def drive(log: TrialLog, slots: int, *, gpus: bool, say: Say) -> None:
@@ -143,9 +143,9 @@ def drive(log: TrialLog, slots: int, *, gpus: bool, say: Say) -> None:
     if log.request.scheduler == "asha":
         scheduler = Halving(log.request, list(log.reports), log.note, log.halt)
     queue = open_event_queue()
-    told = tune.with_parameters(attempt, queue=queue, gpus=gpus)
+    trainable = tune.with_parameters(attempt, queue=queue, gpus=gpus)
     tune.Tuner(
-        tune.with_resources(told, HEAD),
+        tune.with_resources(trainable, HEAD),
         tune_config=tune.TuneConfig(
             num_samples=max(1, log.left),
             max_concurrent_trials=slots,
@@ -185,6 +185,6 @@ def reached(metrics: Mapping[str, float]) -> str:
 
 
 def words(point: Mapping[str, Any]) -> str:
-    """Show a point, with no more digits than tell it from another."""
+    """Show a point, with four digits per number."""
     short = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in point.items()}
     return " ".join(f"{key}={value}" for key, value in short.items())

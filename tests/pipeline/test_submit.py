@@ -201,7 +201,7 @@ def test_dashboard_that_is_away_ends_with_one_line(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--wrong", *COMMAND], "no option --wrong"),
+        (["--wrong", *COMMAND], "no option '--wrong'"),
         (["name=a", *COMMAND], "no key 'name', only id"),
         (["id=a"], "no command"),
         (["python", *COMMAND], "at most 0 name"),

@@ -132,7 +132,7 @@ def mlflow_runs(home: Path) -> list[tuple[str, dict[str, str], dict[str, list[in
         (["algorithm.attack.eps=1/0"], r"algorithm.attack.eps must be a number"),
         (["precision=fp16"], r"precision must be one of fp32, bf16, got 'fp16'"),
         (["name=../escape"], r"name must be a plain name"),
-        (["--wrong"], r"no option --wrong"),
+        (["--wrong"], r"no option '--wrong'"),
         (["epochs=1", "epochs=2"], r"epochs is given twice"),
     ],
 )

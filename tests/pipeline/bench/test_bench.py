@@ -90,11 +90,11 @@ def test_autoattack_breaks_the_same_images_and_prints_both_ratios(
     pytest.importorskip("pyautoattack")
     assert run(["autoattack", *TINY, "attacked=12", "attack_share=0.02"]) == 0
     shown = capsys.readouterr().out
-    found = re.search(r"(\d+) of 12 images stand on ours, (\d+) on the masked twin", shown)
+    found = re.search(r"(\d+) of 12 robust on ours, (\d+) on the masked twin", shown)
     assert found is not None
     assert 0 < int(found[1]) < 12, "some for every attack to work on, some broken"
-    assert "the same fate: 12 of 12" in shown
-    assert "judged on the other network: 24 of 24 alike" in shown
+    assert "the same outcome: 12 of 12" in shown
+    assert "on the other network: 24 of 24 alike" in shown
     ratios = r"masked over ours: AutoAttack \d+\.\d\d, inference on 8 images \d+\.\d\d"
     gmac = re.search(ratios + r", multiply-accumulates (\d\.\d\d)", shown)
     assert gmac is not None

@@ -334,7 +334,10 @@ class Notes:
     """A log without MLflow: which cells were stopped, and how many there are."""
 
     def __init__(self, configs: tuple[Config, ...]):
-        self.entries = [CellRecord(c.name, c.seed, c.fingerprint, "") for c in configs]
+        self.entries = [
+            CellRecord(name=c.name, seed=c.seed, fingerprint=c.fingerprint, folder="")
+            for c in configs
+        ]
         self.stops: list[int] = []
 
     def stopped(self, place: int) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import t as student
 
 from pipeline.config.overrides import flatten, override
 from pipeline.measures.confidence import wilson
-from pipeline.presets.paper_grid import cell
+from pipeline.presets.paper_grid import ROWS, Row, cell
 from pipeline.report.__main__ import run
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find
-from pipeline.report.statistics import difference, estimate, t975
+from pipeline.report.statistics import difference, estimate
 from pipeline.tracking import EVALUATED
 
 IMAGES = 1000
@@ -80,12 +81,6 @@ def hits(sa: int, ra: int, worst: int) -> dict[str, int]:
 # Intervals
 
 
-def test_student_t_equals_the_tables() -> None:
-    """0.975 quantiles as printed in any textbook."""
-    for freedom, value in ((1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042)):
-        assert t975(freedom) == pytest.approx(value, abs=5e-4)
-
-
 def test_interval_over_seeds_equals_the_formula_by_hand() -> None:
     """0.50, 0.52, 0.54: mean 0.52, std 0.02, half 4.303 * 0.02 / sqrt(3) = 0.04968."""
     found = estimate([0.50, 0.52, 0.54])
@@ -110,7 +105,9 @@ def test_difference_over_seeds_equals_welch_by_hand() -> None:
     """Variances 4e-4/3 and 1e-4/3: df = 25/(16/2 + 1/2) = 2.941, se = sqrt(5e-4/3) = 0.012910."""
     found = difference(estimate([0.50, 0.52, 0.54]), estimate([0.39, 0.40, 0.41]))
     assert found.value == pytest.approx(0.12)
-    assert found.high - found.value == pytest.approx(t975(25 / 8.5) * 0.0129099, abs=1e-6)
+    assert found.high - found.value == pytest.approx(
+        student.ppf(0.975, 25 / 8.5) * 0.0129099, abs=1e-6
+    )
     assert found.over == "seeds"
 
 
@@ -187,8 +184,21 @@ def test_differences_can_be_to_another_row(
     assert float(dense["ra_worst_minus_s_dense"]) == pytest.approx(0.05)
     assert narrow["ra_worst_minus_s_dense"] == ""
     assert float(ours["ra_minus_s_dense"]) == pytest.approx(-0.01)
-    with pytest.raises(ValueError, match=r"over must be one of dense, s_dense, .*, got 'none'"):
+    with pytest.raises(ValueError, match=r"over must be a row such as .*, got 'none'"):
         run([*given, "over=none"])
+
+
+def test_row_of_one_line_is_reported_and_plotted(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    row = Row("Plain PGD", "pgd_training", False, False, "cross-entropy", "arXiv:1706.06083")
+    monkeypatch.setitem(ROWS, "plain", row)
+    where = server.experiment("row")
+    server.add(where, "dense", hits(580, 300, 290))
+    server.add(where, "plain", hits(600, 280, 270))
+    assert run(["row", f"tracking_uri={server.uri}", f"out={tmp_path}"]) == 0
+    assert "\nPlain PGD " in capsys.readouterr().out
+    assert (tmp_path / "report.png").read_bytes().startswith(PNG)
 
 
 def test_different_threats_and_data_are_never_averaged(
@@ -203,7 +213,7 @@ def test_different_threats_and_data_are_never_averaged(
     assert [len(row.runs) for block in blocks for row in block.rows] == [1, 1, 1, 1]
     run(["apart", f"tracking_uri={server.uri}", f"out={tmp_path}"])
     out = capsys.readouterr().out
-    assert "small on CIFAR-10 stands 4 times, not averaged:" in out
+    assert "small on CIFAR-10 has 4 blocks, not averaged:" in out
     assert "dataset.train_images=None, evaluation.eps=0.0156863, data=abc" in out
 
 
@@ -285,14 +295,14 @@ def test_runs_are_chosen_by_their_settings_and_their_parent(server: Server) -> N
         == [child]
     )
     assert len(chosen(**{"algorithm.attack.eps": "8/255"})) == 2
-    with pytest.raises(ValueError, match="no key 'epoch', only tracking_uri, out, grid, "):
+    with pytest.raises(ValueError, match="no key 'epoch'; nearest: epochs, "):
         chosen(epoch="1")
 
 
 def test_an_experiment_that_is_not_there_is_an_error_of_one_line(server: Server) -> None:
     server.experiment("there")
-    with pytest.raises(ValueError, match=r"no experiment 'nothing' in sqlite:.*there"):
-        run(["nothing", f"tracking_uri={server.uri}"])
+    with pytest.raises(ValueError, match=r"no experiment 'ther' in sqlite:.*; nearest: there, "):
+        run(["ther", f"tracking_uri={server.uri}"])
 
 
 def test_nothing_finished_is_a_failure_that_says_what_there_is(server: Server, capsys: Any) -> None:

@@ -6,9 +6,9 @@ import csv
 from pathlib import Path
 
 import pytest
+from scipy.stats import t as student
 
 from pipeline.measures.confidence import wilson
-from pipeline.report.statistics import t975
 from pipeline.sweep import write_answer
 from pipeline.sweep.ablation import ablation_of, ablation_table
 from pipeline.sweep.trials import competing, read_sweep
@@ -39,7 +39,7 @@ def test_seeds_are_averaged_and_single_trials_keep_the_interval_of_their_images(
     assert (narrow["backbone.ratio"], narrow["n"]) == ("0.25", "1")
     assert (wide_row["n"], wide_row["seeds"]) == ("3", "0 1 2")
     assert float(wide_row["val/ra_worst_mean"]) == pytest.approx(0.22)
-    half = t975(2) * 0.02 / 3**0.5
+    half = student.ppf(0.975, 2) * 0.02 / 3**0.5
     assert float(wide_row["val/ra_worst_high"]) == pytest.approx(0.22 + half)
     low, high = wilson(72, IMAGES)
     assert float(narrow["val/ra_worst_low"]) == pytest.approx(low)

@@ -74,7 +74,7 @@ def test_trial_judged_under_another_threat_is_not_compared(store: Store, tmp_pat
     write_answer(parent, tmp_path, store.uri)
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     assert [row["on_front"] for row in rows] == ["1", "1", "0"]
-    assert "Trial 2 is not compared, judged otherwise: evaluation.eps" in (
+    assert "Trial 2 is not compared, evaluated under other conditions: evaluation.eps" in (
         (tmp_path / "answer.md").read_text()
     )
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import kruskal, spearmanr
 
-from pipeline.report.runs import Run
 from pipeline.sweep.importance import ENOUGH, associate, holm, importance_table
 from pipeline.sweep.trials import Objective, Sweep, Trial
+from pipeline.tracking.queries import Run
 
 AXES = (Objective("val/sa", "max"), Objective("val/ra_worst", "max"))
 

@@ -141,7 +141,12 @@ def test_front_is_shown_as_an_artifact(tab: Tab, store: Store, runs: dict[str, s
     frame = page.frame_locator("iframe").first
     frame.get_by_role("heading", name="Sweep adv_moe").wait_for(state="visible")
     assert frame.locator("figure svg").is_visible()
-    assert frame.locator("svg a").count() > 0
+    assert frame.locator("svg a").count() == 16  # 8 trials in two panels
+    said = frame.locator("svg a title").all_text_contents()
+    assert any(text.startswith("trial 0; SA 40.0 (35.3 to 44.9); RA worst 33.0") for text in said)
+    assert frame.locator("svg a:not([tabindex='-1'])").count() == 8  # the tab key stops once each
+    frame.locator("svg a").first.hover()
+    assert frame.locator("tbody tr.on").count() == 1
     heading = frame.get_by_role("heading", name="Pareto front, 8 trial(s)")
     heading.wait_for(state="visible")
     first = frame.locator("tbody tr").first

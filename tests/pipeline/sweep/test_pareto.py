@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from pipeline.report.runs import Run
 from pipeline.sweep.pareto import front_of, undominated
 from pipeline.sweep.trials import Objective, Trial
+from pipeline.tracking.queries import Run
 
 AXES = (Objective("val/sa", "max"), Objective("val/ra_worst", "max"), Objective("cost/gmac", "min"))
 

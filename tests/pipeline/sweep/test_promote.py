@@ -121,7 +121,7 @@ def test_sweep_without_a_finished_trial_is_refused_with_a_line(store: Store, cap
         (["alias=best"], "alias=best needs an objective, one of sa, ra, gmac"),
         (["objective=sa", "alias=v1"], "alias must be letters, digits, - and _"),
         (["name=a/b"], "name must be printable and without / : @, got 'a/b'"),
-        (["colour=red"], "no key 'colour', only objective, trial, name, alias"),
+        (["colour=red"], "no key 'colour'; nearest: "),
     ],
 )
 def test_wrong_arguments_are_named(

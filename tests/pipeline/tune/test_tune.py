@@ -56,7 +56,7 @@ def request(*words: str, names: tuple[str, ...] = NAMES) -> SweepRequest:
         ("ablation_beta quickstart algorithm.beta=6", "nothing to search"),
         ("ablation_beta quickstart num_samples=9", "at most the grid's 4 points, got 9"),
         ("ablation_beta quickstart search=optuna", "search must be left out for a grid"),
-        ("adv_moe quickstart --pbt", "no option --pbt"),
+        ("adv_moe quickstart --pbt", "no option '--pbt'"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_starts(words: str, message: str) -> None:
@@ -191,7 +191,9 @@ def test_finalists_are_the_front_the_most_robust_first(tmp_path: Path) -> None:
     for place, (sa, worst, gmac) in enumerate(rows):
         metrics = {"val/sa": sa, "val/ra_worst": worst, "cost/gmac": gmac}
         status = "finished" if place < 4 else "stopped"
-        log.entries.append(TrialRecord(f"{place:03d}", {}, status, metrics=metrics))
+        log.entries.append(
+            TrialRecord(trial=f"{place:03d}", point={}, status=status, metrics=metrics)
+        )
     assert [entry.trial for entry in front(log)] == ["001", "003", "000"]
 
 
