@@ -8,13 +8,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe.backbones import dense_twin
+from moe.backbones import Backbone
 from moe.backbones.vit import TransformerBody
 from moe.network import Network
 from moe.token_network import TokenNetwork
@@ -255,7 +256,8 @@ def start(config: Config, model: Network) -> float | None:
     if config.upcycle:
         return relative_change(_upcycle(config, model), model, size)
     if isinstance(model, TokenNetwork) and vars(config.backbone).get("weights"):
-        dense = dense_twin(config.backbone).build(config.dataset.num_classes, size)
+        one: Backbone = replace(config.backbone, num_experts=1)  # type: ignore[type-var]
+        dense = one.build(config.dataset.num_classes, size)
         load_files(config, dense)
         dense.body.head.load_state_dict(model.body.head.state_dict())  # type: ignore[union-attr]
         return relative_change(dense, model, size)
