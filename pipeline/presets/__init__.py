@@ -211,7 +211,8 @@ def vmoe_cifar10_small() -> Config:
     ``python -m pipeline.train vmoe_cifar10_small``. Ours, from no paper: eight experts, one per
     token, in every second block; 64 patches of 4 px. Its dense twin of equal MACs is
     ``backbone.num_experts=1``, that of equal parameters ``backbone.num_experts=1
-    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three).
+    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three). Not run to the end
+    by us.
     """
     return Config(
         name="vmoe_cifar10_small",
