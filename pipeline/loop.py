@@ -141,8 +141,11 @@ def resume(
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
-        checkpoint.start(config, state.model)
-        return Progress(data=data)
+        progress, change = Progress(data=data), checkpoint.start(config, state.model)
+        if change is not None:
+            progress.record(session, 0, {"upcycle/relative_change": change})
+            session.tell("note", text=f"upcycled: logits change by {change:.2g} of their norm")
+        return progress
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
     check_same_data(f"checkpoint {found}", meta.get("data", {}).get("sha256"), data["sha256"])
     if stage := meta.get("stage", 0):

@@ -22,7 +22,7 @@ FLOORS = (
     ("end_of_run",),
     ("loop",),
     ("distributed",),
-    ("bench", "certify", "dual", "grid", "tune"),
+    ("bench", "certify", "dual", "grid", "study", "tune"),
 )
 COMMANDS = ("train", "evaluate", "data_tool", "doctor", "submit")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, COMMANDS)) for room in rooms}

@@ -144,6 +144,18 @@ SHORT: dict[str, Any] = {  # ours: what serves the small net in the time of a la
 }
 
 
+OF_BACKBONE: dict[str, dict[str, Any]] = {
+    "small": SHORT,
+    "vit": {  # ours: what trains a transformer from nothing
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "warmup_epochs": 1.0,
+        "clip_norm": 1.0,
+    },
+}
+
+
 def cell(
     backbone: str,
     dataset: str,
@@ -191,7 +203,7 @@ def cell(
         "evaluation.eps": radius / 255,
         "evaluation.step_size": radius / 4 / 255,
     }
-    settings |= RECIPES.get(dataset, {}) | (SHORT if backbone == "small" else {})
+    settings |= RECIPES.get(dataset, {}) | OF_BACKBONE.get(backbone, {})
     config = override(config, held(config, settings | dict(changes)))
     return at_same_cost(config, ratio, num_experts) if row.same_cost else config
 

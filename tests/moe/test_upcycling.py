@@ -1,52 +1,73 @@
-"""Sparse upcycling keeps the function; a pathway costs what one route of the mixture costs."""
+"""Upcycling: function preserving where gates sum to one, refused where shapes differ."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from moe.backbones import BACKBONES
-from moe.cost import cost
-from moe.upcycling import pathway, upcycle
-
-NETS = [
-    BACKBONES["small"](num_experts=3, ratio=0.25),
-    BACKBONES["resnet18"](num_experts=2, ratio=0.25),
-    BACKBONES["wrn28_10"](num_experts=2, ratio=0.1),
-    BACKBONES["vgg16"](num_experts=2, ratio=0.1),
-    BACKBONES["densenet"](num_experts=2, ratio=0.25),
-    BACKBONES["small"](num_experts=2, ratio=0.25, router_scope="per_layer"),
-]
+from moe.backbones.vit import ViT
+from moe.network import Network
+from moe.upcycling import relative_change, upcycle
 
 
-@pytest.mark.parametrize("net", NETS, ids=str)
-def test_mixture_starts_as_the_function_of_its_pathway_whatever_the_route(net: object) -> None:
+def settled(model: Network, size: int) -> Network:
+    """Move BatchNorm's statistics and all weights off their start."""
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.train()(torch.rand(8, 3, size, size))
+    return model.eval()
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+@pytest.mark.parametrize("name", ["small", "resnet18", "densenet", "vgg16", "wrn28_10"])
+def test_s_dense_becomes_adv_moe_without_changing_its_outputs(name: str, scope: str) -> None:
     torch.manual_seed(0)
-    dense = pathway(net.build(10, 32))  # type: ignore[attr-defined]
-    x = torch.rand(6, 3, 32, 32)
-    dense(x)  # BatchNorm's statistics are no longer those of a new net
-    mixture = net.build(10, 32)  # type: ignore[attr-defined]
-    upcycle(dense, mixture)
-    dense.eval(), mixture.eval()
-    with torch.no_grad():
-        want = dense(x).logits
-        torch.testing.assert_close(mixture(x).logits, want, rtol=1e-6, atol=1e-6)
-        chosen = mixture(x).route
-        for expert in range(mixture.num_experts):
-            got = mixture.along(x, torch.full_like(chosen, expert))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    form = {"ratio": 0.125, "router_scope": scope}
+    dense = settled(BACKBONES[name](num_experts=1, **form).build(5, 8), 8)
+    mixture = BACKBONES[name](num_experts=3, **form).build(5, 8).eval()
+    upcycle(dense, mixture, 8)
+    x_BCHW = torch.rand(12, 3, 8, 8)
+    want = dense(x_BCHW).logits.detach()
+    atol = 1e-6 * float(want.abs().max())
+    assert_close(mixture(x_BCHW).logits.detach(), want, rtol=1e-6, atol=atol)
+    assert relative_change(dense, mixture, 8) < 1e-6
 
 
-@pytest.mark.parametrize("net", NETS[:5], ids=str)
-def test_pathway_costs_one_route_without_the_router(net: object) -> None:
-    mixture = net.build(10, 32)  # type: ignore[attr-defined]
-    whole, alone = cost(mixture, 32), cost(pathway(mixture), 32)
-    assert alone.gmac == pytest.approx(whole.gmac - whole.gmac_router, rel=1e-9)
-    assert alone.gmac_router == 0
+@pytest.mark.parametrize(
+    ("settings", "preserved"),
+    [
+        ({"top_k": 2, "renormalize": True}, True),
+        ({"top_k": 2}, False),
+        ({"top_k": 1}, False),
+    ],
+    ids=str,
+)
+def test_dense_transformer_becomes_a_mixture(settings: dict[str, Any], preserved: bool) -> None:
+    torch.manual_seed(0)
+    form: dict[str, Any] = {"size": "micro", "ratio": 0.125, "patch": 4}
+    dense = settled(ViT(**form).build(5, 8), 8)
+    mixture = ViT(num_experts=4, **form, **settings).build(5, 8).eval()
+    before = {n: p.clone() for n, p in mixture.named_parameters() if ".router." in n}
+    upcycle(dense, mixture, 8)
+    assert (relative_change(dense, mixture, 8) < 1e-6) == preserved
+    assert all(torch.equal(p, before[n]) for n, p in mixture.named_parameters() if n in before)
+    stack = mixture.get_parameter("body.blocks.1.mlp.up_EHD")
+    for expert in stack:
+        assert torch.equal(expert, dense.get_parameter("body.blocks.1.up.weight"))
 
 
-def test_a_dense_net_has_no_pathway_and_a_net_of_another_shape_is_named() -> None:
+def test_networks_that_do_not_fit_are_refused() -> None:
     small = BACKBONES["small"]
-    with pytest.raises(ValueError, match="num_experts must be at least 2, got 1"):
-        pathway(small(num_experts=1, ratio=0.5).build(10, 32))
-    narrow = pathway(small(num_experts=2, ratio=0.25).build(10, 32))
-    with pytest.raises(ValueError, match=r"conv\.weight_FCRR has shape .*, the dense net has"):
-        upcycle(narrow, small(num_experts=2, ratio=0.5).build(10, 32))
+    with pytest.raises(ValueError, match="starts from a dense network, got 2 experts"):
+        upcycle(small(num_experts=2).build(5, 8), small(num_experts=2).build(5, 8), 8)
+    dense = small(num_experts=1, ratio=0.25).build(5, 8)
+    with pytest.raises(ValueError, match="which is no copy for each expert of"):
+        upcycle(dense, small(num_experts=2, ratio=0.125).build(5, 8), 8)
+    with pytest.raises(ValueError, match=r"the mixture has no body\.blocks"):
+        upcycle(dense, BACKBONES["wrn28_10"](num_experts=2, ratio=0.125).build(5, 8), 8)
+    half = [small(num_experts=experts, ratio=0.5).build(5, 8) for experts in (1, 2)]
+    with pytest.raises(ValueError, match=r"the mixture has no body\.blocks\.0\.shortcut"):
+        upcycle(*half, 8)  # the mixture's stem is as wide as its first block
