@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.dual_model import Dual
 from moe.network import Network, is_router_parameter
+from moe.token_network import TokenNetwork
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ def cost(model: Network, image_size: int) -> Cost:
     """Measure a network by running one blank image under torch's FLOP counter.
 
     Convolutions and linear maps count; BatchNorm, activations and pooling, below 1% of a CNN, do
-    not, as in the papers' tables. A mixture layer runs the chosen expert alone, so what is counted
-    is what is computed. A network on the meta device is counted without memory or arithmetic:
+    not, as in the papers' tables. A mixture layer runs the chosen experts alone, of a transformer
+    those of each token, so what is counted is what is computed. A network on the meta device is
+    counted without memory or arithmetic:
     ``with torch.device("meta"): cost(backbone.build(10, 32), 32)``.
     """
     was_training, device = model.training, next(model.parameters()).device
@@ -55,6 +57,8 @@ def cost(model: Network, image_size: int) -> Cost:
 def _router_flops(model: Network, blank: torch.Tensor) -> int:
     if isinstance(model, Dual):
         return _router_flops(model.standard, blank) + _router_flops(model.robust, blank)
+    if isinstance(model, TokenNetwork):
+        return sum(2 * model.tokens * m.router.weight_SD.numel() for m in model.mixtures.values())
     gates = [m for name, m in model.named_modules() if name.endswith(".gate.linear")]
     if model.router is None:
         return sum(2 * m.weight.numel() for m in gates if isinstance(m, nn.Linear))

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from moe.dual_model import Dual, blend
 from moe.fold_batchnorm import fold
 from moe.layers import ConvNorm, MoEConv2d
-from moe.mixture_of_networks import Mixture, best, mixed
+from moe.mixture_of_networks import Mixture, mixed
+from moe.moe_mlp import MoEMlp
 from moe.network import Network
+from moe.routing import best
+from moe.token_network import TokenNetwork
 
 
 def exportable(model: Network) -> nn.Module:
@@ -31,15 +34,24 @@ def exportable(model: Network) -> nn.Module:
     single images and small batches; ``moe.fold_batchnorm.fold`` is the copy for large ones.
 
     Of whole networks as experts each runs on every image, and those that take part are mixed: E
-    times the work, of which ``top_k`` are wanted.
+    times the work, of which ``top_k`` are wanted. So do the experts of a transformer's mixture
+    layers on every token.
+
+    Raises:
+        ValueError: The images of a batch share the experts' capacity: that is no function of one.
 
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
-    return _LogitsAlone(exportable_with_route(model)).eval()
+    return _LogitsAlone(_traceable(copy.deepcopy(fold(model)))).eval()
 
 
 def exportable_with_route(model: Network) -> nn.Module:
-    """Copy a model as ``exportable`` does, to a module that returns logits (B, K) and the route."""
+    """Copy a model as ``exportable`` does, to a module that returns logits (B, K) and the route.
+
+    Raises:
+        ValueError: Tokens and not images are routed.
+    """
+    _refuse_token_routes(model)
     return _traceable(copy.deepcopy(fold(model))).eval()
 
 
@@ -54,11 +66,16 @@ def exportable_parts(model: Network) -> tuple[dict[str, nn.Module], dict[str, An
         The parts by name, and a tree of JSON values whose leaves are these names.
 
     Raises:
-        ValueError: Every layer routes for itself, so that no image has one pathway.
+        ValueError: Every layer routes for itself, or tokens are routed: no image has one pathway.
     """
     parts: dict[str, nn.Module] = {}
     tree = _split(copy.deepcopy(fold(model)), "", parts)
     return {name: part.eval() for name, part in parts.items()}, tree
+
+
+def _refuse_token_routes(model: Network) -> None:
+    if isinstance(model, TokenNetwork):
+        raise ValueError("tokens are routed, not images: there is no route per image to export")
 
 
 def _split(folded: Network, prefix: str, parts: dict[str, nn.Module]) -> dict[str, Any]:
@@ -66,6 +83,7 @@ def _split(folded: Network, prefix: str, parts: dict[str, nn.Module]) -> dict[st
         halves = {"standard": folded.standard, "robust": folded.robust}
         trees = {name: _split(half, f"{prefix}{name}_", parts) for name, half in halves.items()}
         return {"kind": "dual", "alpha": folded.alpha, "mix": folded.mix, **trees}
+    _refuse_token_routes(folded)
     if folded.num_layers:
         raise ValueError("every layer routes for itself: an image has no single pathway")
     tree: dict[str, Any] = {"kind": "network", "router": None}
@@ -89,6 +107,8 @@ def _traceable(folded: Network) -> nn.Module:
         return _DualClassifier(folded)
     if isinstance(folded, Mixture):
         return _MixtureClassifier(folded)
+    if isinstance(folded, TokenNetwork) and folded.couples:
+        raise ValueError("capacity must be 0 for export, or an answer depends on the batch")
     return _Classifier(folded, _gathered(folded.body))
 
 
@@ -224,12 +244,37 @@ class _GatheredConv(nn.Module):
         return y_BDPQ if self.bias_D is None else y_BDPQ + self.bias_D.view(1, -1, 1, 1)
 
 
+class _EveryMlp(nn.Module):
+    """A mixture of MLPs that runs every expert on every token, and weighs those that it chose."""
+
+    def __init__(self, layer: MoEMlp):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_BTD: Tensor, _: object) -> Tensor:
+        layer, (up_EHD, up_EH, down_EDH, down_ED) = self.layer, self.layer.stacks
+        scores_BTS = layer.router(x_BTD)
+        if layer.settings.router == "soft":
+            route = layer.slot_route(scores_BTS)
+            slots_BSD = route.dispatch_BTS.transpose(1, 2) @ x_BTD
+            z_BESD = torch.unflatten(slots_BSD, 1, (layer.num_experts, -1))
+            h_BESH = torch.einsum("besd,ehd->besh", z_BESD, up_EHD) + up_EH[:, None]
+            y_BESD = torch.einsum("besh,edh->besd", F.gelu(h_BESH), down_EDH) + down_ED[:, None]
+            return route.combine_BTS @ y_BESD.flatten(1, 2)
+        weights_BTE = torch.unflatten(layer.weights(scores_BTS), 0, x_BTD.shape[:2])
+        h_BTEH = torch.einsum("btd,ehd->bteh", x_BTD, up_EHD) + up_EH
+        y_BTED = torch.einsum("bteh,edh->bted", F.gelu(h_BTEH), down_EDH) + down_ED
+        return torch.einsum("bte,bted->btd", weights_BTE, y_BTED)
+
+
 def _gathered(module: nn.Module, expert: int | None = None) -> nn.Module:
     """Replace the mixture convolutions of a folded body, in place; return what replaces it."""
     if isinstance(module, ConvNorm) and isinstance(module.conv, MoEConv2d):
         return _GatheredConv(module.conv, expert)
     if isinstance(module, MoEConv2d):
         return _GatheredConv(module, expert)
+    if isinstance(module, MoEMlp):
+        return _EveryMlp(module)
     for name, child in module.named_children():
         setattr(module, name, _gathered(child, expert))
     return module

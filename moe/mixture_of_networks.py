@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moe.network import Network
-from moe.routing import Route, Routed
+from moe.routing import Route, Routed, best
 
 Gate = Literal["softmax", "hard"]
 Mix = Literal["probabilities", "logits"]
@@ -150,11 +150,6 @@ def check_gate(gate: str, top_k: int, num_experts: int, mix: str) -> None:
             f"top_k must be from 2 to num_experts ({num_experts}) for gate=softmax, got {top_k}: "
             "the weight of one expert alone is always 1 and trains no router, gate=hard does"
         )
-
-
-def best(scores_BE: Tensor, top_k: int) -> Tensor:
-    """Name the best experts of each image, best first (B, C); ties go to the lowest index."""
-    return scores_BE.argsort(dim=1, descending=True, stable=True)[:, :top_k]
 
 
 def mixed(

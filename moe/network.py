@@ -27,10 +27,13 @@ class Network(nn.Module):
         num_layers: Layers that route for themselves, 0 where one route serves the whole network.
 
     Attributes:
+        tokens: Decisions of each of these layers per image.
         gate_gradient: Whether gates carry the straight-through gradient to the router, which is
             what trains it. The deployed function is constant in its gates almost everywhere, so
             its true gradient is the one without; see ``moe.fold_batchnorm.fold``.
     """
+
+    tokens = 1
 
     def __init__(
         self,
@@ -94,6 +97,11 @@ class Network(nn.Module):
     def held(self, x_BCHW: Tensor, scores: Tensor) -> Tensor:
         """Classify (B, K) with the routing of other images, whose router scores are given."""
         return self.along(x_BCHW, scores.argmax(-1))
+
+    def routing_scores(self, x_BCHW: Tensor) -> Tensor:
+        """Return the scores that ``held`` routes by: those of ``Routed``."""
+        scores: Tensor = self(x_BCHW).router
+        return scores
 
     def router_scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts on pixels in [0, 1], without the body where the router needs none."""

@@ -18,14 +18,17 @@ class Routed(NamedTuple):
 
     Attributes:
         logits: Class scores (B, K).
-        router: Router scores (B, E); (B, L, E) where every layer routes for itself; zeros (B, 1)
-            for a dense net.
-        route: Chosen experts, int64, (B,) or (B, L).
+        router: Router scores (B, E); (B, L, E) where every layer, or every token of every layer,
+            routes for itself; zeros (B, 1) for a dense net.
+        route: Chosen experts, int64, (B,) or (B, L); of several experts a token the first.
+        balance: Means over the batch that auxiliary losses are made of, see
+            ``moe.token_routing.auxiliary_loss``; None where there are none.
     """
 
     logits: Tensor
     router: Tensor
     route: Tensor
+    balance: Tensor | None = None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -41,6 +44,11 @@ def straight_through_top1(scores_BE: Tensor) -> Tensor:
     """
     chosen_BE = torch.zeros_like(scores_BE).scatter(1, scores_BE.argmax(1, keepdim=True), 1.0)
     return chosen_BE * (1.0 + scores_BE - scores_BE.detach())
+
+
+def best(scores_BE: Tensor, top_k: int) -> Tensor:
+    """Name the best experts of each image, best first (B, C); ties go to the lowest index."""
+    return scores_BE.argsort(dim=1, descending=True, stable=True)[:, :top_k]
 
 
 @dataclass(frozen=True)

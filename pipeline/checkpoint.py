@@ -6,19 +6,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe.backbones import Backbone
 from moe.backbones.vit import TransformerBody
 from moe.network import Network
+from moe.token_network import TokenNetwork
+from moe.upcycling import relative_change, upcycle
+from moe.weight_files import read_weights
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config, read
 from pipeline.config.overrides import flatten
+from pipeline.data.class_names import check_same_classes
 
 FILES = ("model.safetensors", "state.pt", "config.json")
 
@@ -209,6 +215,25 @@ def refusing(folder: Path, name: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {name} is refused: {text}") from error
 
 
+def data_of(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint keeps of its data, ``sha256`` and ``class_names``; old ones: nothing.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    found: dict[str, Any] = verify(folder).get("data", {})
+    return found
+
+
+def check_classes(folder: Path, where: str, names: Sequence[str]) -> None:
+    """Refuse data whose labels are other classes than those that a checkpoint was trained on.
+
+    Raises:
+        ClassNamesError: The names or their order differ.
+    """
+    check_same_classes(f"checkpoint {folder}", data_of(folder).get("class_names", ()), where, names)
+
+
 def load_model(folder: str | Path) -> Network:
     """Build a checkpoint's model with its weights, in eval mode, ready for evaluation.
 
@@ -235,17 +260,45 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def start(config: Config, model: Network) -> None:
-    """Load the files that the backbone names, if any, into the transformers that they are for.
+def start(config: Config, model: Network) -> float | None:
+    """Load what the config names to start from, if anything: files, or a dense run to upcycle.
 
     Experts that start from the same file differ in their classifiers alone, where these are new.
+
+    Returns:
+        Where a dense network became a mixture: the relative change of its logits.
 
     Raises:
         ValueError: A file is missing, is not the one that the config was made with, or does not
             fit; names the key.
     """
-    from safetensors.torch import load_file
+    load_files(config, model)
+    size = config.dataset.image_size
+    if config.upcycle:
+        return relative_change(_upcycle(config, model), model, size)
+    if isinstance(model, TokenNetwork) and vars(config.backbone).get("weights"):
+        one: Backbone = replace(config.backbone, num_experts=1)  # type: ignore[type-var]
+        dense = one.build(config.dataset.num_classes, size)
+        load_files(config, dense)
+        dense.body.head.load_state_dict(model.body.head.state_dict())  # type: ignore[union-attr]
+        return relative_change(dense, model, size)
+    return None
 
+
+def _upcycle(config: Config, model: Network) -> Network:
+    folder = Path(config.upcycle)
+    try:
+        dense = load_model(folder)
+        if sha256(folder / "model.safetensors") != config.upcycle_sha256:
+            raise ValueError("its weights are not those that upcycle_sha256 names")
+        upcycle(dense, model, config.dataset.image_size)
+    except ValueError as error:
+        raise ValueError(f"upcycle={config.upcycle}: {error}") from None
+    return dense
+
+
+def load_files(config: Config, model: Network) -> None:
+    """Load the files that the backbone names, if any, into the transformers that they are for."""
     flat = flatten(config)
     for key, path in flat.items():
         if not (key.startswith("backbone.") and key.endswith(".weights") and path):
@@ -257,7 +310,10 @@ def start(config: Config, model: Network) -> None:
                 f"{key} has sha256 {found[:12]}, but {key}_sha256 is {want[:12]}: another file; "
                 f"{key}_sha256= (empty) takes it as it is"
             )
-        weights = load_file(path)
+        try:
+            weights = read_weights(path)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         target: nn.Module = model  # or a half of it; what is said of an expert is for all
         for part in key.split(".")[1:-1]:
             target = target if part == "expert" else target.get_submodule(part)

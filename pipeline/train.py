@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from pathlib import Path
 
 from pipeline.cli.arguments import main, read_arguments
 from pipeline.config.overrides import flatten, override
 from pipeline.distributed.driver import train
+from pipeline.evaluation.find_model import find
 from pipeline.nearest_names import unknown
 from pipeline.presets import PRESETS, headline, label
 
@@ -37,6 +39,10 @@ def run(argv: list[str]) -> int:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     config = override(PRESETS[name](), given.settings)
+    if config.upcycle and not config.upcycle_sha256:
+        scratch = Path(config.storage) / "upcycle" / config.upcycle
+        folder, _ = find(config.upcycle, config, scratch)
+        config = override(config, {"upcycle": str(folder.resolve())})
     strict = "--strict-tracking" in given.flags
     return train(config, fresh="--fresh" in given.flags, strict=strict)
 

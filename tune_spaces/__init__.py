@@ -5,11 +5,13 @@ from tune_spaces.adv_moe import ADV_MOE
 from tune_spaces.jtdmoe import JTDMOE
 from tune_spaces.rt_er import RT_ER
 from tune_spaces.space import Space
+from tune_spaces.vmoe import V_MOE
 
 SPACES: dict[str, Space] = {
     "adv_moe": ADV_MOE,
     "rt_er": RT_ER,
     "jtdmoe": JTDMOE,
+    "vmoe": V_MOE,
     "ablation_experts": EXPERTS,
     "ablation_ratio": RATIO,
     "ablation_attack": ATTACK,

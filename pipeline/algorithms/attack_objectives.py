@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.network import Network
+from moe.token_network import TokenNetwork
 from pipeline.attacks import Objective
 from pipeline.optimization.losses import cross_entropy_per_image, kl_per_image
 
@@ -66,6 +67,22 @@ def joint(kind: str, y_B: Tensor) -> Aim:
         return objective
 
     return aim
+
+
+def with_auxiliary_loss(aim: Aim) -> Aim:
+    """Add the auxiliary losses of token routers to what an attack raises; else the aim as it is.
+
+    Of each image's own tokens, so that images are attacked one by one; the released V-MoE trainer
+    has the same setting over a whole batch. Costs a second pass per step.
+    """
+
+    def both(model: Network, x_BCHW: Tensor) -> Objective:
+        own = aim(model, x_BCHW)
+        if not isinstance(model, TokenNetwork):
+            return own
+        return lambda x: own(x) + model.auxiliary_per_image(model.router_scores(x))
+
+    return both
 
 
 def router_divergence(model: Network, x_BCHW: Tensor) -> Objective:

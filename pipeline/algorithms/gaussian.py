@@ -34,6 +34,6 @@ class Gaussian:
         noisy_BCHW = x_BCHW + self.sigma * state.noise.normal(x_BCHW)
 
         def terms() -> dict[str, Tensor]:
-            return {"noisy": state.cross_entropy(state.model(noisy_BCHW).logits, y_B)}
+            return {"noisy": state.cross_entropy(state.forward(noisy_BCHW).logits, y_B)}
 
         return state.minimize(terms, {"noisy": 1.0}, *GROUPS)

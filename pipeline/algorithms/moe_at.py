@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.attack_objectives import check_aim, joint
+from pipeline.algorithms.attack_objectives import check_aim, joint, with_auxiliary_loss
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
@@ -23,6 +23,7 @@ class MoEAT:
         beta: Weight of stability against accuracy; 6 in the paper.
         aim: What x' raises beside ``KL(r)``: ``kl`` or ``ce``, see ``AdvMoE``.
         attack: How x' is found; 2 steps of 5/255 in the released code.
+        attack_auxiliary_loss: Whether x' raises the auxiliary losses of token routers too.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -31,6 +32,7 @@ class MoEAT:
     beta: float = 6.0
     aim: Literal["kl", "ce"] = "kl"
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
+    attack_auxiliary_loss: bool = False
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
@@ -39,6 +41,9 @@ class MoEAT:
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
-        x_adv = state.perturb(self.attack, joint(self.aim, y_B), x_BCHW)
+        aim = joint(self.aim, y_B)
+        if self.attack_auxiliary_loss:
+            aim = with_auxiliary_loss(aim)
+        x_adv = state.perturb(self.attack, aim, x_BCHW)
         terms = trades_terms(state, x_BCHW, x_adv, y_B)
         return state.minimize(terms, {"natural": 1.0, "robust": self.beta}, *GROUPS)

@@ -18,6 +18,6 @@ class Standard:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""
 
         def terms() -> dict[str, Tensor]:
-            return {"natural": state.cross_entropy(state.model(x_BCHW).logits, y_B)}
+            return {"natural": state.cross_entropy(state.forward(x_BCHW).logits, y_B)}
 
         return state.minimize(terms, {"natural": 1.0}, *GROUPS)

@@ -10,6 +10,7 @@ from pipeline.bench.autoattack import autoattack
 from pipeline.bench.inference import inference
 from pipeline.bench.race import Benchmark
 from pipeline.bench.settings import Settings
+from pipeline.bench.sorted_mlp import token_routing
 from pipeline.bench.step import step
 from pipeline.bench.whole_networks import mixture
 from pipeline.bench.whole_pipeline import pipeline
@@ -18,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Benchmark]] = {
     "inference": inference,
     "step": step,
     "mixture": mixture,
+    "token_routing": token_routing,
     "autoattack": autoattack,
     "pipeline": pipeline,
 }

@@ -30,6 +30,7 @@ with all its cores, or with threads=1. Without a name: the first two, two minute
 
   inference  classify a batch: folded and sorted, masked, dense plain, dense folded
   mixture    whole networks as experts: a call an expert, and a call an image as released code does
+  token_routing  the sparse layer of a transformer, forward and backward, over a dense MLP
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES
   autoattack AutoAttack standard on few images: ours, masked; and the ratio of inference
              (needs the extra eval)

@@ -79,6 +79,9 @@ class Follower:
     def _show_warning(self, event: Mapping[str, Any]) -> None:
         self.say(f"warning: {event['text']}")
 
+    def _show_note(self, event: Mapping[str, Any]) -> None:
+        self.say(str(event["text"]))
+
     def _show_resumed(self, event: Mapping[str, Any]) -> None:
         where = f"epoch {event['epoch']}" + (f", update {event['step']}" if event["step"] else "")
         self.say(f"continues after {where} from {event['checkpoint']}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moe.backbones import Backbone
 from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
+from moe.backbones.vit import ViT
 from pipeline.algorithms import Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.jtdmoe import JTDMoE
@@ -34,6 +37,7 @@ ELSEWHERE = (
         for half in ("", "standard.", "robust.")
         for net in ("", "expert.")
     ),
+    "upcycle",
     "storage",
     "tracking_uri",
     "experiment",
@@ -42,8 +46,21 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
-LATER = {"norm_bound": 0.0}
+LATER = {
+    "norm_bound": 0.0,
+    "upcycle_sha256": "",
+    "algorithm.attack_auxiliary_loss": False,
+    "algorithm.homes": "mod",
+    "algorithm.forced_routes": 0.0,
+}
 """Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
+LATER_OF_VIT = {
+    field.name: field.default
+    for field in dataclasses.fields(ViT)
+    if field.name not in (*"num_experts ratio router_scope size patch pixels".split(),)
+    and not field.name.startswith("weights")
+}
+"""The same of the fields of a vision transformer, wherever it is in a backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +93,13 @@ class Config:
             each update; 0: any. See ``pipeline.optimization.norm_bound``.
         augmentation: Of raw images, before crop and mirror: ``none`` or ``randaugment``.
         cutmix: Share of the images that get a box of another, with its share of the label.
+        upcycle: Checkpoint folder of a dense run whose layers the experts start as copies of;
+            ``pipeline.train`` takes a run's id too. Only the start of a run reads it, on every
+            worker. See ``moe.upcycling``.
+        upcycle_sha256: Of its weights, found when ``upcycle`` is a folder and this is not set.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
         checkpoint_steps: Save every so many updates too, not only after each epoch; 0: epochs only.
-        storage: Folder of the run folders.
+        storage: Folder of the run folders, or a URI that pyarrow reaches (``s3://bucket/prefix``).
         tracking_uri: MLflow; empty: ``MLFLOW_TRACKING_URI``, else a sqlite file in the working
             directory.
         experiment, name: Where MLflow lists the run.
@@ -111,6 +132,8 @@ class Config:
     norm_bound: float = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
     cutmix: float = 0.0
+    upcycle: str = ""
+    upcycle_sha256: str = ""
     seed: int = 0
     checkpoint_steps: int = 0
     storage: str = "runs"
@@ -132,6 +155,12 @@ class Config:
                 f"batch_size must be at least {least} for {self.workers} worker(s), "
                 f"got {self.batch_size}"
             )
+        if self.upcycle and not self.upcycle_sha256:
+            weights = Path(self.upcycle) / "model.safetensors"
+            if weights.is_file():
+                with weights.open("rb") as opened:
+                    found = hashlib.file_digest(opened, "sha256").hexdigest()
+                object.__setattr__(self, "upcycle_sha256", found)
         self._check_rates()
         self._check_recipe()
         self._check_words()
@@ -224,9 +253,16 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the numbers, 64 hexadecimal digits."""
-        flat = {k: v for k, v in flatten(self).items() if k not in LATER or v != LATER[k]}
+        whole = flatten(self)
+        flat = {k: v for k, v in whole.items() if not _came_later(k, v, whole)}
         deciding = {k: v for k, v in flat.items() if k not in ELSEWHERE}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _came_later(key: str, value: Any, flat: Mapping[str, Any]) -> bool:
+    owner, _, name = key.rpartition(".")
+    known = LATER_OF_VIT if flat.get(owner) == "vit" else {}
+    return (key in LATER and LATER[key] == value) or (name in known and known[name] == value)
 
 
 def read(flat: Mapping[str, Any]) -> Config:

@@ -15,6 +15,7 @@ from pipeline.measures.gradient_attack import (
 )
 from pipeline.measures.noise_and_transfer import RandomNoise, Transfer
 from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
+from pipeline.measures.small_steps import OtherRoutes, SmallSteps
 from pipeline.measures.soft_gates import Surrogate, SurrogateAPGD
 from pipeline.measures.threat import Evaluation
 
@@ -37,6 +38,8 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_aa_surrogate": AutoAttackSurrogate,
     "ra_square": Square,
     "ra_noise": RandomNoise,
+    "ra_vmoe": SmallSteps,
+    "ra_other_routes": OtherRoutes,
     "ra_floor": FreeChoice,
     "ra_each": OneExpert,
 }
@@ -54,6 +57,7 @@ ROUTED = (
     "ra_surrogate_apgd",
     "ra_adaptive",
     "ra_aa_surrogate",
+    "ra_other_routes",
     "ra_floor",
     "ra_each",
 )

@@ -35,7 +35,8 @@ class ForcedRoute:
 
     The penalty is the gap that keeps the router from e (zero once it is there, and without a
     gradient then). Success is judged on the deployed model; an image stands if it stands against
-    every e. With ``per_layer`` routers e is the expert of every layer, and the gaps are summed.
+    every e. With ``per_layer`` routers e is the expert of every layer, and the gaps are summed; of
+    a V-MoE it is that of every token too, and the gap of a layer is the mean over its tokens.
 
     Attributes:
         weights: Of the gap, in logits of the classifier per logit of the router, one attack each;
@@ -70,6 +71,7 @@ class ForcedRoute:
                 ) -> Tensor:
                     scores = model.router_scores(x)
                     gap_B = (scores.amax(-1) - scores[..., e]).reshape(len(x), -1).sum(1)
+                    gap_B = gap_B / model.tokens
                     return margin_per_image(model.along(x, to[index]), y_B[index]) - w * gap_B
 
                 outcome = break_images(self.attack, model, objective, outcome, x_BCHW, y_B, noise)

@@ -16,14 +16,15 @@ from pipeline.optimization.losses import cross_entropy_per_image
 class ExpertAttack:
     """RA-E: PGD on the cross-entropy with the clean image's routing; the router is left out.
 
-    That is the clean route, or, of a mixture with soft gates, the weights of the clean image.
+    That is the clean route; of a mixture with soft gates, the weights of the clean image; of a
+    V-MoE the scores of every token in every layer, see ``moe.token_network``.
     """
 
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
-            scores = model(x_BCHW).router
+            scores = model.routing_scores(x_BCHW)
 
         def objective(x: Tensor, index: Tensor) -> Tensor:
             return cross_entropy_per_image(model.held(x, scores[index]), y_B[index])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe.layers import MoEConv2d
 from moe.network import Network
 from moe.routing import Routing
+from moe.token_network import TokenNetwork
 from pipeline.attacks import Walker
 from pipeline.attacks.apgd import like
 from pipeline.attacks.pgd import PGD, Draw
@@ -57,10 +58,15 @@ def relaxed(model: Network, gate: Gate) -> Callable[[Tensor], Tensor]:
 
     With one router ``sum_e g_e z_e``, over the logits ``z_e`` of the experts' whole pathways; with
     ``per_layer`` routers the sum is over the experts' feature maps in each layer, since there are
-    E^L pathways. The cost is that of E networks.
+    E^L pathways. Of a V-MoE all experts take part in each token, by the gates times the sum of the
+    gates that the token has when deployed. The cost is that of E networks.
     """
     if model.num_experts == 1:
         return lambda x_BCHW: model(x_BCHW).logits
+    if isinstance(model, TokenNetwork):
+        hard = gate is soft_backward
+        relax = soft_at(1.0) if hard else gate
+        return lambda x_BCHW: model.along_soft(x_BCHW, relax, hard_forward=hard)
     if model.num_layers:
         return _layer_by_layer(model, gate)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moe.layers import MoEConv2d
+from moe.moe_mlp import MoEMlp
 
 TINY = 1e-12  # keeps the direction of a zero gradient finite: an expert that no image chose
 
@@ -24,7 +25,7 @@ def stacks(model: nn.Module, members: Collection[nn.Parameter]) -> list[Stack]:
     """List the matrices and filter banks among ``members``; biases and BatchNorm are left out."""
     mine = {id(parameter) for parameter in members}
     return [
-        (weight, module.num_experts if isinstance(module, MoEConv2d) else 1)
+        (weight, module.num_experts if isinstance(module, (MoEConv2d, MoEMlp)) else 1)
         for module in model.modules()
         for weight in module.parameters(recurse=False)
         if weight.dim() > 1 and id(weight) in mine

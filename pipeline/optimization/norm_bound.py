@@ -21,7 +21,8 @@ def bound_norms(parameters: Iterable[nn.Parameter], bound: float) -> None:
     """
     for weight in parameters:
         if weight.dim() > 1:
-            size_D = weight.flatten(1).abs().sum(1)
-            shrink_D = (bound / size_D).clamp(max=1)
-            weight.mul_(shrink_D.view(-1, *[1] * (weight.dim() - 1)))
+            stacked = weight.dim() == 3 and len(weight) > 1  # linear maps of several experts
+            rows_DF = weight.flatten(0, 1) if stacked else weight.flatten(1)
+            shrink_D1 = (bound / rows_DF.abs().sum(1, keepdim=True)).clamp(max=1)
+            weight.copy_((rows_DF * shrink_D1).view_as(weight))
     torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
+from moe.routing import Routed
+from moe.token_network import TokenNetwork
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import UNSEEDED, Draw
 from pipeline.context import keep
@@ -89,6 +91,9 @@ class TrainState:
         norm_bound: Largest L-inf operator norm of a layer after an update; 0: any.
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
         partition: Which parameters are in which group.
+        class_groups: Group of each class, where the data set has groups; see
+            ``pipeline.data.base.class_groups``.
+        balance: Statistics of token routers in the passes of ``forward`` since the last update.
     """
 
     model: Network
@@ -102,6 +107,8 @@ class TrainState:
     norm_bound: float = 0.0
     awp_gamma: float = 0.0
     partition: Partition = COMPONENTS
+    class_groups: tuple[int, ...] = ()
+    balance: list[Tensor] = field(default_factory=list)
 
     @property
     def deployed(self) -> Network:
@@ -162,6 +169,33 @@ class TrainState:
         self.watch("adversarial images", x_adv.mean())
         return x_adv
 
+    def forward(self, x_BCHW: Tensor) -> Routed:
+        """Run the model for a loss; noise and auxiliary losses of token routers come with it."""
+        token = isinstance(self.model, TokenNetwork)
+        routed: Routed = self.model(x_BCHW, self.noise.normal) if token else self.model(x_BCHW)
+        if routed.balance is not None:
+            self.balance.append(routed.balance)
+        return routed
+
+    def _losses(
+        self, terms: Terms, weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Compute the terms; with token routers their auxiliary losses too, as one more.
+
+        These are functions of means over the whole batch. The value is that of the means over all
+        workers, the gradient flows through this worker's own; averaged over the workers it is the
+        gradient of the whole, whatever their number.
+        """
+        self.balance.clear()
+        losses = terms()
+        if not self.balance or not isinstance(self.model, TokenNetwork):
+            return losses, dict(weights)
+        own_LSE = torch.stack(self.balance).mean(0)
+        whole_LSE = own_LSE.detach().clone()
+        self._mean([whole_LSE])
+        auxiliary = self.model.auxiliary_loss(own_LSE + (whole_LSE - own_LSE.detach()))
+        return losses | {"auxiliary": auxiliary}, dict(weights) | {"auxiliary": 1.0}
+
     def watch(self, name: str, value: Tensor) -> None:
         """Keep a scalar to be checked, and reported, at the end of the update.
 
@@ -185,13 +219,13 @@ class TrainState:
         are returned, and BatchNorm's running statistics, are those of the weights as they were,
         which the update starts from.
         """
-        losses = terms()
+        losses, weights = self._losses(terms, weights)
         loss = weighted(losses, weights)
         members = [p for own in self._members(*groups).values() for p in own]
         if self.awp_gamma and (layers := stacks(self.model, members)):
             check_reach(loss, groups)
             with self._worst_weights(loss, layers):
-                self._backward(weighted(terms(), weights), *groups)
+                self._backward(weighted(*self._losses(terms, weights)), *groups)
             self._step(*groups)
         else:
             self.descend(loss, *groups)
@@ -237,6 +271,10 @@ class TrainState:
         for group, own in members.items():
             norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
             self.watch(f"gradient norm of {group}", norm)
+            if group == "router" and isinstance(self.model, TokenNetwork):
+                for name, layer in self.model.mixtures.items():
+                    if (grad := layer.router.weight_SD.grad) is not None:
+                        self.watch(f"gradient norm of {name}.router", grad.norm())
             if self.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
             self.optimizers[group].step()

@@ -119,7 +119,9 @@ def batch(e: Evidence) -> CheckResult | None:
         return None
     moved, flipped = e.facts.batch, e.facts.flipped
     text = f"logits alone or reordered differ by {moved:.2g} sd, {flipped} class(es) change"
-    return CheckResult(moved <= BATCHED and not flipped, moved, BATCHED, text)
+    ok = moved <= BATCHED and not flipped
+    text += "" if ok else ": an image's answer depends on the other images of its batch"
+    return CheckResult(ok, moved, BATCHED, text)
 
 
 def gradients(e: Evidence) -> CheckResult | None:

@@ -91,7 +91,7 @@ class _Readout(nn.Module):
         self.model, self.w_K, self.bias = model, w_K, bias
 
     def forward(self, x_BCHW: Tensor) -> Routed:
-        logits_BK, router, route = self.model(x_BCHW)
+        logits_BK, router, route, _ = self.model(x_BCHW)
         height_B = logits_BK.to(self.w_K) @ self.w_K + self.bias
         return Routed(torch.stack([torch.zeros_like(height_B), height_B], 1), router, route)
 

@@ -29,7 +29,7 @@ def test_backbone_maps_pixels_to_logits_scores_and_route(
     backbone = BACKBONES[name](num_experts=num_experts, ratio=0.125, router_scope=scope)
     model = backbone.build(7, size).eval()
     with torch.no_grad():
-        logits_BK, router, route = model(torch.rand(2, 3, size, size))
+        logits_BK, router, route, _ = model(torch.rand(2, 3, size, size))
     assert logits_BK.shape == (2, 7)
     layers = (model.num_layers,) if scope == "per_layer" and num_experts > 1 else ()
     assert router.shape == (2, *layers, num_experts)

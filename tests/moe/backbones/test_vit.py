@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from moe.backbones.mixture import NetworkMixture
-from moe.backbones.vit import TransformerBody, ViT
+from moe.backbones.vit import TransformerBody, ViT, mixture_blocks
 from moe.cost import cost
 from moe.fold_batchnorm import fold
 from moe.network import Network
+from moe.token_network import TokenNetwork
 
 
 def body_of(model: Network) -> TransformerBody:
@@ -220,8 +221,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 2}, "num_experts must be 1 for vit, got 2; backbone=mixture"),
-        ({"size": "huge"}, "size must be one of tiny, small, got 'huge'"),
+        ({"num_experts": 2, "top_k": 3}, r"top_k must be from 1 to num_experts \(2\), got 3"),
+        ({"num_experts": 2, "renormalize": True}, "top_k must be at least 2 with renormalize=true"),
+        ({"placement": "first_2"}, "placement must be every_N or last_N, got 'first_2'"),
+        ({"placement": "last_7"}, "placement last_7 needs more than 12 blocks"),
+        ({"pooling": "max"}, "pooling must be one of token, mean, got 'max'"),
+        ({"hidden": 0}, "hidden must be above 0 and finite, got 0"),
+        ({"size": "huge"}, "size must be one of micro, tiny, small, base, got 'huge'"),
         ({"pixels": "x"}, "pixels must be one of data, half, got 'x'"),
         ({"patch": -1}, "patch must be at least 0, got -1"),
         ({"weights": "none.safetensors"}, "weights must be a safetensors file, got 'none.s"),
@@ -243,3 +249,151 @@ def test_pixels_are_normalized_as_said() -> None:
     half, data = ViT(pixels="half", ratio=0.125), ViT(ratio=0.125)
     assert float(half.build(4, 8).normalize.std[0, 0]) == 0.5
     assert float(data.build(4, 8).normalize.mean[0, 0]) == pytest.approx(0.4914)
+
+
+@pytest.mark.parametrize(
+    ("placement", "depth", "want"),
+    [
+        ("every_2", 6, [1, 3, 5]),
+        ("every_1", 3, [0, 1, 2]),
+        ("every_3", 6, [2, 5]),
+        ("last_2", 12, [9, 11]),
+        ("last_1", 6, [5]),
+    ],
+)
+def test_mixtures_are_placed_as_in_v_moe(placement: str, depth: int, want: list[int]) -> None:
+    assert mixture_blocks(placement, depth) == want
+
+
+def v_moe(**settings: Any) -> TokenNetwork:
+    torch.manual_seed(0)
+    net = ViT(size="micro", ratio=0.125, patch=4, **{"num_experts": 4} | settings).build(3, 8)
+    assert isinstance(net, TokenNetwork)
+    for name, parameter in net.named_parameters():  # so that routes and biases matter
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+@pytest.mark.parametrize("side", [32, 64, 224])
+def test_mixture_counts_its_router_and_the_experts_of_a_token(router: Any, side: int) -> None:
+    """Against counts written out, and torch's counter on the same network with real numbers."""
+    experts, top_k = 8, 2
+    with torch.device("meta"):
+        dense = cost(ViT(size="micro").build(10, side), side)
+        found = cost(
+            ViT(size="micro", num_experts=experts, top_k=top_k, router=router).build(10, side), side
+        )
+    tokens = 1 + (side // {32: 4, 64: 8, 224: 16}[side]) ** 2
+    slots = round(tokens * top_k / experts)
+    columns = experts * (slots if router == "soft" else 1)
+    rows = tokens * top_k if router == "top_k" else experts * slots
+    mlp, layers = 2 * 128 * 512, 3
+    routers = layers * tokens * 128 * columns
+    mixing = 0 if router == "top_k" else layers * 2 * tokens * experts * slots * 128
+    want = dense.gmac + (layers * (rows - tokens) * mlp + routers + mixing) / 1e9
+    assert found.gmac_router == pytest.approx(routers / 1e9, rel=1e-9)
+    assert found.gmac == pytest.approx(want, rel=1e-9)
+    assert found.params_router == layers * (128 * columns + (router == "soft"))
+    per_expert = mlp + 512 + 128
+    assert found.params == dense.params + layers * (experts - 1) * per_expert + found.params_router
+    if side == 32:
+        net = ViT(size="micro", num_experts=experts, top_k=top_k, router=router).build(10, side)
+        assert cost(net, side) == found
+
+
+def test_v_moe_b16_costs_what_is_known_of_its_parts() -> None:
+    """ViT-B/16: 86.6 M parameters; eight experts in every second block add 7 MLPs to six."""
+    with torch.device("meta"):
+        dense = cost(ViT(size="base").build(1000, 224), 224)
+        found = cost(ViT(size="base", num_experts=8).build(1000, 224), 224)
+    assert dense.params / 1e6 == pytest.approx(86.57, abs=0.01)
+    assert dense.gmac == pytest.approx(17.56, rel=0.01)
+    added = 6 * (7 * (2 * 768 * 3072 + 3072 + 768) + 8 * 768)
+    assert found.params == dense.params + added
+    assert found.gmac - found.gmac_router == pytest.approx(dense.gmac, rel=1e-9)
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_v_moe_answers_an_image_alike_in_any_batch(router: Any, pooling: Any) -> None:
+    net = v_moe(router=router, pooling=pooling, top_k=2)
+    x_BCHW = torch.rand(70, 3, 8, 8, dtype=torch.float64)  # more than one piece
+    whole = net(x_BCHW)
+    alone = torch.cat([net(x[None]).logits for x in x_BCHW[:5]])
+    assert_close(alone, whole.logits[:5], rtol=1e-10, atol=1e-10)
+    order_B = torch.randperm(70)
+    moved = net(x_BCHW[order_B])
+    assert_close(moved.logits, whole.logits[order_B], rtol=1e-10, atol=1e-10)
+    assert torch.equal(moved.route, whole.route[order_B])
+    tokens = 4 + (pooling == "token")
+    assert whole.router.shape == (70, 3 * tokens, 4)
+    assert net.num_layers == 3 * tokens
+    assert len(whole.route.unique()) > 1
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+def test_held_and_forced_routes_of_a_v_moe(router: Any) -> None:
+    net = v_moe(router=router, top_k=2)
+    x_BCHW, other = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64)
+    logits_BK = net(x_BCHW).logits
+    assert_close(net.held(x_BCHW, net.routing_scores(x_BCHW)), logits_BK)
+    assert not torch.allclose(net.held(x_BCHW, net.routing_scores(other)), logits_BK)
+    whole, parts = net(x_BCHW), net(x_BCHW[:4])
+    assert_close(net.along(x_BCHW[:4], whole.route[:4]), net.along(x_BCHW[:4], parts.route))
+    with pytest.raises(ValueError, match="route names expert 4, valid are 0 to 3"):
+        net.along(x_BCHW, torch.full_like(whole.route, 4))
+
+
+def test_forced_route_of_first_choices_is_the_network_itself_for_one_expert_per_token() -> None:
+    net = v_moe(top_k=1)
+    x_BCHW = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    routed = net(x_BCHW)
+    assert_close(net.along(x_BCHW, routed.route), routed.logits)
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+def test_every_router_of_a_v_moe_learns_and_folding_changes_nothing(router: Any) -> None:
+    net = v_moe(router=router)
+    x_BCHW = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    assert_close(fold(net.train())(x_BCHW).logits, net.eval()(x_BCHW).logits)
+    net.train()(x_BCHW).logits.square().sum().backward()
+    for layer in net.mixtures.values():
+        assert layer.router.weight_SD.grad is not None
+        assert bool(layer.router.weight_SD.grad.any())
+
+
+def test_dense_checkpoints_of_before_load_with_the_names_that_they_have() -> None:
+    """Names and order of the dense network's weights, as runs have them on disk."""
+    names = list(ViT(ratio=0.125).build(4, 8).state_dict())
+    assert names[:4] == [
+        "body.token_11D",
+        "body.position_1TD",
+        "body.patches.weight",
+        "body.patches.bias",
+    ]
+    block = [name.removeprefix("body.blocks.0.") for name in names if ".blocks.0." in name]
+    parts = ["norm1", "attention.qkv", "attention.out", "norm2", "up", "down"]
+    assert block == [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    assert names[-4:] == [
+        "body.norm.weight",
+        "body.norm.bias",
+        "body.head.weight",
+        "body.head.bias",
+    ]
+
+
+def test_mixture_from_timm_weights_is_the_dense_network_where_gates_sum_to_one() -> None:
+    torch.manual_seed(0)
+    weights = drawn(timm_shapes(24, 4, 5, 7))
+    dense = ViT(ratio=0.125, patch=4).build(7, 8).eval()
+    body_of(dense).take_timm(weights)
+    settings: dict[str, Any] = {"ratio": 0.125, "patch": 4, "num_experts": 4, "top_k": 2}
+    x_BCHW = torch.rand(5, 3, 8, 8)
+    want_BK = dense(x_BCHW).logits
+    for renormalize in (True, False):
+        net = ViT(renormalize=renormalize, **settings).build(7, 8).eval()
+        body_of(net).take_timm(weights)
+        found_BK = net(x_BCHW).logits
+        assert torch.allclose(found_BK, want_BK, rtol=1e-4, atol=1e-4) == renormalize

@@ -19,6 +19,7 @@ from pipeline.algorithms.jtdmoe import JTDMoE
 from pipeline.algorithms.moe_at import MoEAT
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
+from pipeline.algorithms.trades import Trades
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD
 from pipeline.config import ELSEWHERE, Config, read
@@ -46,6 +47,8 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "algorithm.alpha": 2.0,
     "algorithm.router_loss": "pseudo_label",
     "algorithm.minibatches": "two",
+    "algorithm.homes": "superclass",
+    "algorithm.forced_routes": 0.5,
     "algorithm.aim": "ce",
     "algorithm.attack.eps": 0.01,
     "algorithm.attack.step_size": 0.01,
@@ -80,6 +83,8 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "augmentation": "randaugment",
     "cutmix": 0.5,
     "seed": 1,
+    "upcycle": "runs/dense",
+    "upcycle_sha256": "ab" * 32,
     "checkpoint_steps": 10,
     "storage": "elsewhere",
     "tracking_uri": "sqlite:///other.db",
@@ -308,7 +313,7 @@ def test_fingerprint_leaves_out_where_a_run_lives_alone() -> None:
     places = {"dataset.path", "storage", "tracking_uri", "experiment", "name", "checkpoint_steps"}
     weights = {key for key in ELSEWHERE if key.endswith("weights")}  # their sha256 counts
     assert {"backbone.weights", "backbone.expert.weights"} < weights
-    assert set(ELSEWHERE) == places | weights | {"dataset.reader"}
+    assert set(ELSEWHERE) == places | weights | {"dataset.reader", "upcycle"}
 
 
 def test_fingerprint_is_the_same_in_every_process() -> None:
@@ -335,3 +340,23 @@ def test_cutmix_wants_images_in_pairs_on_every_worker() -> None:
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of 4 .* got 66"):
         override(Config(), {"cutmix": 0.5, "batch_size": 66, "workers": 2})
     assert override(Config(), {"cutmix": 0.5, "batch_size": 68, "workers": 2}).cutmix == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (Config(backbone=ViT(size="small"), algorithm=Trades()), "9e25992aa716e82e"),
+        (
+            Config(backbone=NetworkMixture(expert=ViT(), gate="hard", top_k=1)),
+            "fa433a24ff435dc6",
+        ),
+    ],
+    ids=["vit", "mixture of vit"],
+)
+def test_settings_of_mixtures_of_mlps_leave_older_fingerprints_as_they_were(
+    config: Config, want: str
+) -> None:
+    assert config.fingerprint.startswith(want)
+    many = {"backbone": ViT(num_experts=2), "algorithm": Trades()}
+    few = Config(**many | {"backbone": ViT(num_experts=2, placement="last_2")})
+    assert Config(**many).fingerprint != few.fingerprint
