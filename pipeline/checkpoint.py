@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,11 @@ from moe.backbones.vit import TransformerBody
 from moe.network import Network
 from moe.token_network import TokenNetwork
 from moe.upcycling import relative_change, upcycle
+from moe.weight_files import read_weights
 from pipeline.algorithms.staged import Staged
 from pipeline.config import Config, read
 from pipeline.config.overrides import flatten
+from pipeline.data.class_names import check_same_classes
 
 FILES = ("model.safetensors", "state.pt", "config.json")
 
@@ -213,6 +215,25 @@ def refusing(folder: Path, name: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {name} is refused: {text}") from error
 
 
+def data_of(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint keeps of its data, ``sha256`` and ``class_names``; old ones: nothing.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    found: dict[str, Any] = verify(folder).get("data", {})
+    return found
+
+
+def check_classes(folder: Path, where: str, names: Sequence[str]) -> None:
+    """Refuse data whose labels are other classes than those that a checkpoint was trained on.
+
+    Raises:
+        ClassNamesError: The names or their order differ.
+    """
+    check_same_classes(f"checkpoint {folder}", data_of(folder).get("class_names", ()), where, names)
+
+
 def load_model(folder: str | Path) -> Network:
     """Build a checkpoint's model with its weights, in eval mode, ready for evaluation.
 
@@ -278,8 +299,6 @@ def _upcycle(config: Config, model: Network) -> Network:
 
 def load_files(config: Config, model: Network) -> None:
     """Load the files that the backbone names, if any, into the transformers that they are for."""
-    from safetensors.torch import load_file
-
     flat = flatten(config)
     for key, path in flat.items():
         if not (key.startswith("backbone.") and key.endswith(".weights") and path):
@@ -291,7 +310,10 @@ def load_files(config: Config, model: Network) -> None:
                 f"{key} has sha256 {found[:12]}, but {key}_sha256 is {want[:12]}: another file; "
                 f"{key}_sha256= (empty) takes it as it is"
             )
-        weights = load_file(path)
+        try:
+            weights = read_weights(path)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         target: nn.Module = model  # or a half of it; what is said of an expert is for all
         for part in key.split(".")[1:-1]:
             target = target if part == "expert" else target.get_submodule(part)

@@ -16,6 +16,7 @@ from pipeline.data.splits import Splits, locate
 
 if TYPE_CHECKING:
     from pipeline.data.files import Place
+    from pipeline.data.image_folder import Folder
     from pipeline.data.parquet import Layout
 
 ABOUT = """\
@@ -152,19 +153,41 @@ def bring(parser: Parser, folder: Path, name: str, to: Path | None) -> None:
     if not folder.is_dir():
         parser.error(f"folder {folder} does not exist")
     kind = DATASETS.get(name)
+    label, target = getattr(kind, "label_column", "label"), target_folder(name, to)
     found = scan(folder)
     written = import_folder(
         found,
-        target_folder(name, to),
+        target,
         image_column="image",
-        label=getattr(kind, "label_column", "label"),
+        label=label,
         mixed=getattr(kind, "any_size", False),
     )
     for file in written:
         print(f"wrote {file}")
     print(f"{len(found.class_names)} classes: {', '.join(found.class_names)}")
-    if found.ignored:
-        print(f"ignored {found.ignored} files that are not .png, .jpg or .jpeg")
+    for what, count in sorted(found.ignored.items()):
+        print(f"ignored {count} files: {what}")
+    check_leftovers(target, label, found)
+
+
+def check_leftovers(folder: Path, label: str, found: "Folder") -> None:
+    """Say which splits of an earlier import are still in the folder.
+
+    Raises:
+        ValueError: One of them has other classes than the new ones.
+    """
+    from pipeline.data.class_names import ClassNamesError, check_same_classes
+    from pipeline.data.files import find_shards, find_splits
+    from pipeline.data.parquet import class_names
+
+    for split in set(find_splits(folder)) - set(found.splits):
+        for file in find_shards(folder, split):
+            print(f"{file} is of an earlier import, and stays")
+            try:
+                old = class_names(file, label)
+                check_same_classes("the new import", found.class_names, str(file), old)
+            except ClassNamesError as error:
+                raise ValueError(f"{error}; remove that file, or import its split again") from None
 
 
 def target_folder(name: str, to: Path | None) -> Path:
@@ -198,9 +221,11 @@ def check(parser: Parser, target: str) -> None:
 
 def check_files(folder: "Place", splits: Sequence[str], layout: "Layout") -> None:
     """Decode every row of these splits, and show their counts and hashes."""
-    from pipeline.data.files import Place, fingerprint
-    from pipeline.data.validate import check_split
+    from pipeline.data.files import Place, find_shards, fingerprint
+    from pipeline.data.validate import check_names, check_split
 
+    every = [file for split in splits for file in find_shards(folder, split)]
+    check_names(every, layout.label)
     table = Table("split", "rows", "classes", "per class", "pixels", "modes")
     hashes, files = [], list[Place]()
     for split in splits:

@@ -15,12 +15,16 @@ from urllib.parse import unquote, urlsplit
 from pipeline.cli.arguments import main, read_arguments
 from pipeline.config import Config
 from pipeline.config.overrides import override
+from pipeline.distributed.address import AddressError
 from pipeline.distributed.cluster import ray_cluster
 from pipeline.distributed.dashboard import Dashboard, ask, is_loopback, look_at_dashboard, ray_token
 from pipeline.distributed.preflight import Node, capacity, dashboard_url, shortage, survey
 from pipeline.presets import PRESETS
 from pipeline.storage.sync import storage_root
 from pipeline.tracking import resolve_uri, without_password
+from pipeline.tracking.client import check_database
+from pipeline.tracking.database_file import to_path
+from pipeline.tracking.reasons import RefusedError
 
 USAGE = """
 usage: python -m pipeline.doctor [PRESET] [key=value ...]
@@ -74,6 +78,8 @@ def findings(config: Config) -> Iterator[Finding]:
         with ray_cluster(config, check=lambda _: None):
             yield Finding("ray", f"joined {address}" if address else "a local Ray starts")
             yield from inside(config)
+    except (AddressError, ConnectionError) as error:
+        yield Finding("ray", str(error), "RAY_ADDRESS=host:6379 of a head that runs, or unset it")
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         fix = "compare RAY_ADDRESS, RAY_AUTH_MODE and the token with the head's"
@@ -163,10 +169,14 @@ def tracking(config: Config) -> Finding:
     """Ask MLflow for an experiment, as the driver will; host header and password included."""
     uri = resolve_uri(config.tracking_uri)
     shown = without_password(uri)
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        usable = os.access(folder, os.W_OK)
-        return Finding("mlflow", shown, "" if usable else f"make {folder} a folder you may write")
+    if (file := to_path(uri)) is not None:
+        if not os.access(file.parent, os.W_OK):
+            return Finding("mlflow", shown, f"make {file.parent} a folder you may write")
+        try:
+            check_database(uri)
+        except RefusedError as error:
+            return Finding("mlflow", str(error), f"mlflow db upgrade {shown}")
+        return Finding("mlflow", shown)
     if not uri.startswith("http"):
         return Finding("mlflow", f"{shown}: a database or a service, not asked")
     parts = urlsplit(uri)

@@ -17,6 +17,7 @@ from pipeline.cli.console import Follower
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
 from pipeline.context import best_device
+from pipeline.data.class_names import check_same_classes
 from pipeline.data.splits import Images, Splits
 from pipeline.distributed.sharded_evaluation import shards
 from pipeline.evaluation.evaluator import Findings, examine
@@ -104,6 +105,10 @@ def evaluate(
         splits = config.dataset.load(config.seed)
     except ValueError as error:
         return fail(str(error), 1)
+    where = f"dataset {config.dataset.path or 'of the run'}"
+    checkpoint.check_classes(folder, where, splits.class_names)
+    if plan.transfer is not None:
+        check_same_classes("transfer's model", plan.transfer.class_names, where, splits.class_names)
     weights = checkpoint.sha256(folder / "model.safetensors")
     jobs = plan_jobs(config, splits.test, plan)
     store = open_outcome_cache(config, origin(config, folder), splits.test) if plan.reuse else None

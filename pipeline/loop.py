@@ -20,6 +20,8 @@ from pipeline.algorithms.staged import Staged
 from pipeline.config import Config
 from pipeline.context import Session, Signal
 from pipeline.data.augmentation import Augmentation, augment, to_float
+from pipeline.data.base import class_groups
+from pipeline.data.identity import check_same_data
 from pipeline.data.splits import Share, Splits
 from pipeline.end_of_run import finish
 from pipeline.measures import MEASURES
@@ -62,6 +64,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)  # losses over the epoch's updates so far
     stage: int = 0
+    data: dict[str, Any] = field(default_factory=dict)  # sha256 and class_names of the data set
 
     def record(self, session: Session, step: int, values: dict[str, float]) -> None:
         """Keep metrics of an update and send them on."""
@@ -113,28 +116,38 @@ def fit(
         clip_norm=config.clip_norm,
         partition=partition_of(config.algorithm),
         norm_bound=config.norm_bound,
+        class_groups=class_groups(config.dataset),
     )
     state.optimizers = build_optimizers(config, state)
-    progress = resume(config, folder, session, state)
+    data = {"sha256": splits.sha256, "class_names": list(splits.class_names)}
+    progress = resume(config, folder, session, state, data)
     while progress.epoch < config.epochs:
         train_epoch(config, folder, session, state, splits, progress)
     return ending(config, folder, session, splits, progress.history)
 
 
-def resume(config: Config, folder: Path, session: Session, state: TrainState) -> Progress:
-    """Load the newest whole checkpoint, if there is one, and say which were passed over."""
+def resume(
+    config: Config, folder: Path, session: Session, state: TrainState, data: dict[str, Any]
+) -> Progress:
+    """Load the newest whole checkpoint, if there is one, and say which were passed over.
+
+    Raises:
+        OtherDataError: It was trained on other data than ``data``.
+        CheckpointError: There are checkpoints, and none is whole.
+    """
     found, passed = checkpoint.newest(folder / "checkpoints")
     for text in passed:
         session.tell("warning", text=f"{text}; the one before it is used")
     if found is None:
         if passed:
             raise checkpoint.CheckpointError(f"{passed[0]}, and none before it is whole")
-        progress, change = Progress(), checkpoint.start(config, state.model)
+        progress, change = Progress(data=data), checkpoint.start(config, state.model)
         if change is not None:
             progress.record(session, 0, {"upcycle/relative_change": change})
             session.tell("note", text=f"upcycled: logits change by {change:.2g} of their norm")
         return progress
     saved, meta = checkpoint.load_state(found), checkpoint.verify(found)
+    check_same_data(f"checkpoint {found}", meta.get("data", {}).get("sha256"), data["sha256"])
     if stage := meta.get("stage", 0):
         begin(config, state, stage)
     checkpoint.load_weights(found, state.model)
@@ -144,7 +157,7 @@ def resume(config: Config, folder: Path, session: Session, state: TrainState) ->
     history = [row | {"values": with_current_names(row["values"])} for row in meta["history"]]
     sums = with_current_names(meta["sums"])
     progress = Progress(meta["epoch"], meta["step"], meta["best"], history, sums)
-    progress.stage = meta.get("stage", 0)
+    progress.stage, progress.data = meta.get("stage", 0), data
     session.tell("resumed", epoch=progress.epoch, step=progress.step, checkpoint=found.name)
     for row in progress.history:  # whoever follows has them already, unless it was lost with us
         session.tell("metrics", **row)
@@ -371,6 +384,7 @@ def write(
         "stage": progress.stage,
         "history": progress.history,
         "sums": progress.sums,
+        "data": progress.data,
     }
     checkpoint.save(root / "best" if best else target, config, state.deployed, tensors, meta)
     if best:  # written first: a run killed in between repeats the epoch and finds it again

@@ -29,6 +29,7 @@ from moe.routing import Routing, at_least_float32
 from moe.token_network import TokenNetwork
 from moe.token_routing import AuxiliaryWeights, RouterKind, TokenRouting
 from moe.upcycling import dense_name, every_expert
+from moe.weight_files import check_weights
 
 Size = Literal["micro", "tiny", "small", "base"]
 HEAD = 64  # width of one head
@@ -173,7 +174,7 @@ class TransformerBody(nn.Module):
             theirs = timm_name(name)
             if ".mlp.router." in name:
                 continue
-            if name.startswith("head.") and len(weights.get(theirs, ())) != len(target):
+            if name.startswith("head.") and rows_of(weights.get(theirs)) != len(target):
                 left.discard(theirs)
                 continue
             if theirs not in weights:
@@ -194,6 +195,11 @@ class TransformerBody(nn.Module):
             target.copy_(found)
         if left:
             raise ValueError(f"weights hold {sorted(left)[0]}, which this network has not")
+
+
+def rows_of(tensor: Tensor | None) -> int:
+    """Length of a tensor's first axis; 0 for one without axes, or none at all."""
+    return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def timm_name(name: str) -> str:
@@ -316,9 +322,8 @@ class ViT:
         if self.num_experts > 1:
             self.mixture()
         if self.weights and not self.weights_sha256:
-            if not (file := Path(self.weights)).is_file():
-                raise ValueError(f"weights must be a safetensors file, got {self.weights!r}")
-            with file.open("rb") as opened:
+            check_weights(self.weights)
+            with Path(self.weights).open("rb") as opened:
                 found = hashlib.file_digest(opened, "sha256").hexdigest()
             object.__setattr__(self, "weights_sha256", found)
 

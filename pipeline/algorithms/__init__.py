@@ -13,6 +13,7 @@ from pipeline.algorithms.rt_er import RTER
 from pipeline.algorithms.sparse import Sparse
 from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
+from pipeline.algorithms.upcycled_adv_moe import UpcycledAdvMoE
 from pipeline.optimization.state import TrainState
 
 
@@ -35,6 +36,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "trades": Trades,
     "moe_at": MoEAT,
     "adv_moe": AdvMoE,
+    "upcycled_adv_moe": UpcycledAdvMoE,
     "sparse": Sparse,
     "rt_er": RTER,
     "jtdmoe": JTDMoE,

@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from pipeline.cli.console import Follower, aligned
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
 from pipeline.context import best_device
+from pipeline.data.class_names import check_same_classes
 from pipeline.data.splits import Images, even_subset
 from pipeline.evaluation.find_model import find
 from pipeline.evaluation.outcome_cache import digest
@@ -120,15 +121,27 @@ def run(argv: list[str]) -> int:
         if "backbone.alpha" in settings:
             model.alpha = config.backbone.alpha  # type: ignore[attr-defined]
         of = {**of, "weights_sha256": checkpoint.sha256(folder / "model.safetensors")}
-        return certify(config, model, plan, of)
+        return certify(config, model, plan, of, checkpoint.data_of(folder).get("class_names", ()))
 
 
-def certify(config: Config, model: Network, plan: CertificatePlan, of: Mapping[str, str]) -> int:
-    """Certify test images of a config, print the tables, and track them; returns the exit code."""
+def certify(
+    config: Config,
+    model: Network,
+    plan: CertificatePlan,
+    of: Mapping[str, str],
+    class_names: Sequence[str] = (),
+) -> int:
+    """Certify test images of a config, print the tables, and track them; returns the exit code.
+
+    Args:
+        class_names: Of the data that the model was trained on; empty: not known.
+    """
     try:
-        test = config.dataset.load(config.seed).test
+        splits = config.dataset.load(config.seed)
     except ValueError as error:
         return fail(str(error), 1)
+    check_same_classes("the checkpoint", class_names, "the dataset", splits.class_names)
+    test = splits.test
     if plan.images < len(test):
         test = test.pick(even_subset(test.labels_N, plan.images, config.seed))
     follower, began = Follower(), time.monotonic()

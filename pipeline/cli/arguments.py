@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -81,10 +82,43 @@ def main(run: Callable[[list[str]], int]) -> NoReturn:
         code = run(sys.argv[1:])
     except ValueError as error:
         code = fail(str(error), 2)
+    except OSError as error:  # ConnectionError is one
+        code = fail(explain(error), 1)
     except KeyboardInterrupt:
         code = fail("interrupted", 130)
+    except Exception as error:
+        if not from_library(error):
+            raise
+        code = fail(f"{type(error).__name__}: {explain(error)}", 1)
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+LIBRARIES = ("ray", "mlflow", "safetensors", "safetensors_rust", "sqlalchemy", "pyarrow", "PIL")
+"""Packages whose errors a setting, an address or a file mends; ours and torch's are bugs."""
+HELP = {
+    errno.ENAMETOOLONG: "; a shorter name= or storage= fits",
+    errno.ENOTDIR: "; storage= must be a folder, and a part of this path is a file",
+    errno.EEXIST: "; storage= must be a folder, and this is a file",
+    errno.ENOENT: "; it cannot be made there: choose another storage=",
+    errno.EACCES: "; the right to write there is missing: choose another storage=",
+    errno.EROFS: "; that disk is read-only: choose another storage=",
+    errno.ENOSPC: "; the disk is full",
+}
+
+
+def from_library(error: BaseException) -> bool:
+    """Tell whether an error's class, or one that it derives from, is of one of ``LIBRARIES``."""
+    kinds = type(error).__mro__
+    return any(kind.__module__.partition(".")[0] in LIBRARIES for kind in kinds)
+
+
+def explain(error: BaseException) -> str:
+    """Write an error in one line: of one about a file its name and what helps."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error) or type(error).__name__
+    path = f" {error.filename}" if error.filename else ""
+    return f"{error.strerror}:{path}{HELP.get(error.errno, '')}"
 
 
 def fail(text: str, code: int) -> int:

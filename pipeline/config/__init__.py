@@ -46,7 +46,13 @@ ELSEWHERE = (
 )
 """Keys that say where a run lives, not what its numbers are: left out of the fingerprint."""
 
-LATER = {"norm_bound": 0.0, "upcycle_sha256": "", "algorithm.attack_auxiliary_loss": False}
+LATER = {
+    "norm_bound": 0.0,
+    "upcycle_sha256": "",
+    "algorithm.homes": "mod",
+    "algorithm.forced_routes": 0.0,
+    "algorithm.attack_auxiliary_loss": False,
+}
 """Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
 LATER_OF_VIT = {
     field.name: field.default
@@ -93,7 +99,7 @@ class Config:
         upcycle_sha256: Of its weights, found when ``upcycle`` is a folder and this is not set.
         seed: Fixes initial weights, order of data, augmentation and starts of attacks.
         checkpoint_steps: Save every so many updates too, not only after each epoch; 0: epochs only.
-        storage: Folder of the run folders.
+        storage: Folder of the run folders, or a URI that pyarrow reaches (``s3://bucket/prefix``).
         tracking_uri: MLflow; empty: ``MLFLOW_TRACKING_URI``, else a sqlite file in the working
             directory.
         experiment, name: Where MLflow lists the run.

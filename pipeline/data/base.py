@@ -55,3 +55,13 @@ class OnDisk(Dataset, Protocol):
     def any_size(self) -> bool: ...
     @property
     def split_names(self) -> tuple[str, ...]: ...
+
+
+def class_groups(dataset: Dataset) -> tuple[int, ...]:
+    """Group of each class, for data sets that have such groups; empty for others.
+
+    A data set states them as a field ``groups``: one number per class, from 0. Groups that look
+    alike have numbers close to each other, so that any block of them is a sensible part.
+    """
+    found: tuple[int, ...] = getattr(dataset, "groups", ())
+    return found

@@ -98,8 +98,9 @@ class ImageNet:
         test_name = self.test_split(folder)
         test_files = find_shards(folder, test_name) if test_name else []
         layout = Layout(self.label_column, self.num_classes)
-        names = names_of_classes(train_files[0], self.label_column, self.num_classes)
-        sha256 = fingerprint([*train_files, *test_files])
+        every = [*train_files, *test_files]
+        names = names_of_classes(every, self.label_column, self.num_classes)
+        sha256 = fingerprint(every)
         index = read_index(train_files, layout)
         if test_name:
             rows, test_index = torch.arange(len(index.labels_N)), read_index(test_files, layout)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import cache
+from pipeline.data.class_names import check_same_classes
 from pipeline.data.decode import one_line, open_picture, to_rgb
 from pipeline.data.files import (
     DamagedDataError,
@@ -33,6 +34,8 @@ from pipeline.data.parquet_bomb_guard import check_pages, check_sums
 from pipeline.data.splits import Images
 
 IMAGE_COLUMNS = ("img", "image")
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+"""How Arrow calls a column of bytes: by its length, longer than 2 GiB, or as views (polars)."""
 ROWS = 512  # read at a time
 AHEAD = 64  # decoded at a time
 
@@ -71,7 +74,7 @@ def load_parquet(folder: Place, splits: Sequence[str], layout: Layout) -> Stored
         raise ValueError(f"num_classes and size must be given to load images, got {layout}")
     found = {split: find_shards(folder, split) for split in splits}
     every = [file for files in found.values() for file in files]
-    names = names_of_classes(every[0], layout.label, layout.num_classes)
+    names = names_of_classes(every, layout.label, layout.num_classes)
     sha256 = fingerprint(every)
     images = tuple(load_split(files, layout, f"{sha256} {split}") for split, files in found.items())
     return Stored(images, sha256, names)
@@ -136,16 +139,19 @@ def class_names(file: Place, label: str) -> tuple[str, ...]:
         return ()
 
 
-def names_of_classes(file: Place, label: str, num_classes: int) -> tuple[str, ...]:
-    """Read as many names as there must be classes; numbers where a file names none.
+def names_of_classes(files: Sequence[Place], label: str, num_classes: int) -> tuple[str, ...]:
+    """Read the classes' names, the same in all files; numbers where no file names any.
 
     Raises:
-        DamagedDataError: The file has another number of classes.
+        DamagedDataError: A file has another number of classes.
+        ClassNamesError: Two files give a label to different classes.
     """
-    names = class_names(file, label) or tuple(str(number) for number in range(num_classes))
-    if len(names) != num_classes:
-        raise DamagedDataError(f"{file}: {label} has {len(names)} classes, want {num_classes}")
-    return names
+    named = [(file, names) for file in files if (names := class_names(file, label))]
+    for file, names in named:
+        if len(names) != num_classes:
+            raise DamagedDataError(f"{file}: {label} has {len(names)} classes, want {num_classes}")
+        check_same_classes(str(named[0][0]), named[0][1], str(file), names)
+    return named[0][1] if named else tuple(str(number) for number in range(num_classes))
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -210,8 +216,13 @@ def check_columns(file: Place, schema: Any, label: str) -> str:
     kind = schema.field(images[0]).type
     if pa.types.is_struct(kind) and "bytes" in (names := [field.name for field in kind]):
         kind = kind.field(names.index("bytes")).type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise DamagedDataError(f"{file}: {images[0]} is {kind}, want struct<bytes: binary, path>")
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not any(is_kind(kind) for is_kind in BYTES):
+        raise DamagedDataError(
+            f"{file}: the bytes of {images[0]} are {kind}, want struct<bytes: binary, path> or "
+            "binary"
+        )
     if not pa.types.is_integer(kind := schema.field(label).type):
         raise DamagedDataError(f"{file}: {label} is {kind}, want an integer")
     return images[0]

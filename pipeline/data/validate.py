@@ -1,8 +1,10 @@
 """Look at every row of a parquet folder, as ``data_tool check`` does."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.data.class_names import check_same_classes
 from pipeline.data.files import DamagedDataError, Place, find_shards, find_splits
 from pipeline.data.parquet import (
     Layout,
@@ -44,6 +46,17 @@ def check_split(folder: Place, split: str, layout: Layout) -> Summary:
                 summary.sizes["{2} x {1}".format(*picture.pixels.shape)] += 1
                 summary.modes[picture.mode] += 1
     return summary
+
+
+def check_names(files: Sequence[Place], label: str) -> None:
+    """Refuse files whose labels are not of the same classes, in the same order.
+
+    Raises:
+        ClassNamesError: Two of them name a label differently.
+    """
+    named = [(file, names) for file in files if (names := class_names(file, label))]
+    for file, names in named:
+        check_same_classes(str(named[0][0]), named[0][1], str(file), names)
 
 
 def guess_layout(folder: Place) -> Layout:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.cli.arguments import ENVIRONMENT
 from pipeline.config import Config
+from pipeline.distributed.address import check_address
 from pipeline.distributed.preflight import preflight
 
 
@@ -25,11 +26,13 @@ def ray_cluster(
             stopped from outside through it.
 
     Raises:
-        ValueError: The run cannot work there, says ``check``.
+        ValueError: The run cannot work there, says ``check``, or the address is no cluster's.
+        ConnectionError: No Ray is there.
     """
     import ray
     from ray._private import worker
 
+    check_address()
     keys = [k for k in ENVIRONMENT if k.startswith("RAY_TRAIN")]
     passed = {k: os.environ[k] for k in keys if k in os.environ}
     for key in ("ROBUST_MOE_DATA", "ROBUST_MOE_CACHE"):

@@ -10,6 +10,8 @@ from typing import Any
 from pipeline.cli.arguments import PREEMPTED, fail
 from pipeline.cli.console import Follower
 from pipeline.config import Config
+from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.distributed.address import check_address
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.events import delivering
 from pipeline.distributed.worker_group import WorkerGroup, cause, crowded_out, listening
@@ -18,6 +20,7 @@ from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_as
 from pipeline.storage.sync import restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 from pipeline.tracking.open_run import open_run
+from pipeline.tracking.state_file import read_state
 
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -38,7 +41,9 @@ def train(
 
     Raises:
         ValueError: The config cannot be kept or tracked where it wants to be.
+        ConnectionError: No Ray is at ``RAY_ADDRESS``.
     """
+    check_address()
     check_lasting(config)
     follower, folder = follower or Follower(), run_folder(config)
     with owned(folder, follower.say) as free:
@@ -61,11 +66,13 @@ def train_alone(
     folder = run_folder(config)
     if fresh and (old := set_aside(folder)):
         follower.say(f"the earlier run is kept in {shown(old)}")
-    if (result := folder / "result.json").is_file():
+    result = read_state(folder / "result.json", ("metrics", "run_id", "ui"), follower.say)
+    if result is not None:
+        check_finished(config, result, follower)
         sent = send_rest(folder, config.tracking_uri)
         if strict and not sent:
             return fail(f"MLflow lacks the end of {config.name}; the same command sends it", 1)
-        return show_finished(config, follower, json.loads(result.read_text()))
+        return show_finished(config, follower, result)
     try:
         splits = config.dataset.load(config.seed)  # bad data ends the run before Ray starts
     except ValueError as error:
@@ -80,10 +87,25 @@ def train_alone(
         "dataset_sha256": splits.sha256,
         "run_folder": str(folder),
     }
-    return follow(config, folder, open_run(config, folder, {**own, **tags}, strict), follower)
+    tracker = open_run(config, folder, {**own, **tags}, strict)
+    return follow(config, folder, tracker, follower, splits.sha256)
 
 
-def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -> int:
+def check_finished(config: Config, result: Mapping[str, Any], follower: Follower) -> None:
+    """Refuse to show a finished run's numbers for other data than it was trained on.
+
+    Raises:
+        OtherDataError: The data that are there now have another sha256.
+    """
+    try:
+        now = data_sha256(config.dataset)
+    except ValueError as error:
+        follower.say(f"warning: whether these are the run's data cannot be seen: {error}")
+        return
+    check_same_data(f"{config.name}, which is finished,", result.get("dataset_sha256"), now)
+
+
+def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower, sha256: str) -> int:
     """Run the workers, pass their events on, and end the MLflow run with the right status."""
     ending: dict[str, Any] = {}
     status = "failed"
@@ -92,7 +114,7 @@ def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower) -
             ending = fit_on_ray(config, folder, tracker, follower)
         if "metrics" in ending:
             log_model(config, folder, tracker)
-            write_result(folder, ending["metrics"], tracker)
+            write_result(folder, ending["metrics"], tracker, sha256)
             status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "preempted"
@@ -161,11 +183,10 @@ def log_model(config: Config, folder: Path, tracker: Tracker) -> None:
     tracker.log_model(model, torch.rand(4, 3, size, size, generator=generator).numpy())
 
 
-def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker) -> None:
+def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker, sha256: str) -> None:
     """Mark a run as finished: the file appears whole, and last."""
-    text = json.dumps(
-        {"metrics": metrics, "run_id": tracker.run_id, "ui": tracker.ui_hint()}, indent=2
-    )
+    found = {"metrics": metrics, "run_id": tracker.run_id, "ui": tracker.ui_hint()}
+    text = json.dumps({**found, "dataset_sha256": sha256}, indent=2)
     draft = folder / ".result.json"
     draft.write_text(text + "\n")
     draft.replace(folder / "result.json")

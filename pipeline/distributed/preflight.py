@@ -93,10 +93,10 @@ def shortage(workers: int, has: Mapping[str, float]) -> str:
 
 
 def dashboard_url() -> str:
-    """Name the dashboard of the Ray that this process has joined; empty: there is none."""
-    from ray._private.worker import global_worker
+    """Return the dashboard URL of the Ray that this process has joined; empty: there is none."""
+    import ray
 
-    found = getattr(global_worker.node, "webui_url", "")
+    found = ray.init(ignore_reinit_error=True).dashboard_url if ray.is_initialized() else ""
     return f"http://{found}" if found else ""
 
 

@@ -277,6 +277,9 @@ def waiting_room(bundle: Mapping[str, float], count: int) -> Iterator[Callable[[
         remove_placement_group(group)
 
 
+FEW = 8  # lines of a message that is passed on as a whole
+
+
 def cause(error: BaseException) -> str:
     """Say in one line why Ray Train gave up."""
     failures = getattr(error, "worker_failures", None)
@@ -284,8 +287,9 @@ def cause(error: BaseException) -> str:
         error = next(iter(failures.values()))
     while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
         error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    text = " ".join(lines if len(lines) <= FEW else [lines[-1]])  # of a traceback the last
+    return f"{type(error).__name__}: {text}"
 
 
 def crowded_out(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from pipeline.cli.arguments import fail, main, read_arguments
 from pipeline.cli.console import Follower
 from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
+from pipeline.data.class_names import check_same_classes
 from pipeline.dual.alpha_curve import Curve, as_markdown, plot_trade_off, write_csv
 from pipeline.dual.attack import AlphaSweep, Half, attacked, check_same, read_half, split
 from pipeline.evaluation.outcome_cache import digest
@@ -116,6 +117,8 @@ def draw(
         splits = config.dataset.load(config.seed)
     except ValueError as error:
         return fail(str(error), 1)
+    for half in (*(half for pair in pairs.values() for half in pair), *beside):
+        check_same_classes(half.config.name, half.class_names, "the dataset", splits.class_names)
     follower, curves = Follower(), []
     for name, (standard, robust) in pairs.items():
         points = []

@@ -40,6 +40,7 @@ class Half:
     model: Network
     config: Config
     identity: str
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_half(name: str, where: Config) -> Half:
     with tempfile.TemporaryDirectory() as scratch:
         folder, tags = find(name, where, Path(scratch))
         model, config = checkpoint.load_model(folder), checkpoint.load_config(folder)
-        return Half(tags[EVALUATED], model, config, origin(config, folder))
+        names = tuple(checkpoint.data_of(folder).get("class_names", ()))
+        return Half(tags[EVALUATED], model, config, origin(config, folder), names)
 
 
 def check_same(config: Config, base: Config) -> None:
@@ -83,8 +85,14 @@ def split(both: Half) -> tuple[Half, Half]:
     standard = replace(plain, backbone=backbone.standard)
     robust = replace(plain, backbone=backbone.robust)
     return (
-        Half(both.name, model.standard, standard, digest(both.identity, "standard")),
-        Half(both.name, model.robust, robust, digest(both.identity, "robust")),
+        Half(
+            *(both.name, model.standard, standard),
+            *(digest(both.identity, "standard"), both.class_names),
+        ),
+        Half(
+            *(both.name, model.robust, robust),
+            *(digest(both.identity, "robust"), both.class_names),
+        ),
     )
 
 

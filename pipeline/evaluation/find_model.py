@@ -24,11 +24,13 @@ class TransferSource:
         model: Frozen.
         run: Its id in MLflow, or its folder.
         origin: Hash of its weights and of the settings that make them a network.
+        class_names: Of the data that it was trained on; empty: not kept.
     """
 
     model: Network
     run: str
     origin: str
+    class_names: tuple[str, ...] = ()
 
 
 def find(name: str, where: Config, scratch: Path) -> tuple[Path, dict[str, str]]:
@@ -52,7 +54,8 @@ def read_source(name: str, where: Config, scratch: Path, dataset: Dataset) -> Tr
         here, there = getattr(dataset, key), getattr(own.dataset, key)
         if here != there:
             raise ValueError(f"transfer must be a run with {key} {here}, got {name!r} with {there}")
-    return TransferSource(fold(model), of[EVALUATED], origin(own, folder))
+    names = tuple(checkpoint.data_of(folder).get("class_names", ()))
+    return TransferSource(fold(model), of[EVALUATED], origin(own, folder), names)
 
 
 def origin(config: Config, folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Mapping
@@ -11,11 +10,13 @@ from typing import Any
 
 from pipeline.cli.arguments import PREEMPTED
 from pipeline.config import Config
+from pipeline.data.identity import check_same_data, data_sha256
 from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
 from pipeline.tracking import end_abandoned, send_rest
 from pipeline.tracking.queries import GRID, PARENT
 from pipeline.tracking.record_log import ChildRecord, RecordLog
+from pipeline.tracking.state_file import read_state
 
 
 @dataclass(kw_only=True)
@@ -126,11 +127,18 @@ class CellLog(RecordLog[CellRecord]):
 
 
 def result_of(config: Config) -> dict[str, Any] | None:
-    """Read the result of a finished run; None if there is none."""
-    try:
-        found: dict[str, Any] = json.loads((run_folder(config) / "result.json").read_text())
-    except FileNotFoundError:
-        return None
+    """Read the result of a finished run; None if there is none.
+
+    Raises:
+        OtherDataError: It was trained on other data than those that are there now.
+    """
+    found: dict[str, Any] | None = read_state(
+        run_folder(config) / "result.json", ("metrics", "run_id")
+    )
+    if found is not None and (then := found.get("dataset_sha256")):
+        check_same_data(
+            f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset)
+        )
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,20 @@ def read_request(settings: Mapping[str, str]) -> GridRequest:
         raise ValueError(f"at_once must be at least 1, got {own['at_once']}")
     rest = {k: v for k, v in settings.items() if k not in (*AXES, *FORM, *OWN)}
     made = [
-        cell(backbone, dataset, algorithm, **form)
+        cell(backbone, dataset, algorithm, **form, changes=rest)
         for algorithm in lists["algorithm"]
         for dataset in lists["dataset"]
         for backbone in lists["backbone"]
     ]
     for key, shapes in (("ratio", "narrow"), ("num_experts", "mixture")):
-        if key in form and not any(getattr(ROWS[name], shapes) for name in lists["algorithm"]):
+        rows = [ROWS[name] for name in lists["algorithm"]]
+        if key in form and not any(row.same_cost or getattr(row, shapes) for row in rows):
             raise ValueError(f"backbone.{key} changes none of {', '.join(lists['algorithm'])}")
     override(made[0], {"name": own.get("name", "grid")})  # refuses what is no plain name
     for key, value in rest.items():
         if not any(held(config, {key: ""}) for config in made):
             override(made[0], {key: value})  # says which keys there are
-    configs = tuple(
-        override(config, held(config, rest) | {"seed": seed}) for config in made for seed in seeds
-    )
+    configs = tuple(replace(config, seed=seed) for config in made for seed in seeds)
     return GridRequest(configs, **own)
 
 

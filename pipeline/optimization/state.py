@@ -92,6 +92,8 @@ class TrainState:
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
         partition: Which parameters are in which group.
         balance: Statistics of token routers in the passes of ``forward`` since the last update.
+        class_groups: Group of each class, where the data set has groups; see
+            ``pipeline.data.base.class_groups``.
     """
 
     model: Network
@@ -106,6 +108,7 @@ class TrainState:
     awp_gamma: float = 0.0
     partition: Partition = COMPONENTS
     balance: list[Tensor] = field(default_factory=list)
+    class_groups: tuple[int, ...] = ()
 
     @property
     def deployed(self) -> Network:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from moe.backbones import BACKBONES, Backbone, dense_twin
@@ -38,6 +39,7 @@ class Row:
         passes: Forward passes F of an update, per attack step and besides, with F for a gradient
             of the image and 2 F for one of the weights: an attack step costs 2 F, the clean output
             F, and the loss on two images 6 F.
+        same_cost: Whether a narrow net's ratio is the one that costs as much as the mixture.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Row:
     color: str = ""
     marker: str = "P"
     passes: tuple[int, int] = (2, 7)
+    same_cost: bool = False
 
 
 ROWS: dict[str, Row] = {
@@ -61,6 +64,12 @@ ROWS: dict[str, Row] = {
         *("AT (S-Dense)", "trades", True, False, "every width scaled by the ratio"),
         color="C0",
         marker="v",
+    ),
+    "iso_dense": Row(
+        *("AT (Iso-Dense)", "trades", True, False, "a width that costs what the mixture costs"),
+        color="C9",
+        marker="<",
+        same_cost=True,
     ),
     "sparse": Row(
         *("AT (Sparse)", "sparse", True, False, "channels pruned under the robust loss"),
@@ -77,6 +86,12 @@ ROWS: dict[str, Row] = {
         color="C3",
         marker="o",
         passes=(4, 14),  # both phases
+    ),
+    "upcycled_adv_moe": Row(
+        *("AdvMoE, upcycled", "upcycled_adv_moe", True, True, "experts start as one dense pathway"),
+        color="C6",
+        marker="*",
+        passes=(4, 14),  # of the mixture's stage; the pathway's has those of a dense net
     ),
     "rt_er_layers": Row(
         *("RT-ER", "rt_er", True, True, "the second-ranked pathway made robust too"),
@@ -142,7 +157,13 @@ OF_BACKBONE: dict[str, dict[str, Any]] = {
 
 
 def cell(
-    backbone: str, dataset: str, algorithm: str, *, ratio: float = 0.5, num_experts: int = 2
+    backbone: str,
+    dataset: str,
+    algorithm: str,
+    *,
+    ratio: float = 0.5,
+    num_experts: int = 2,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Make the run of a cell; every row of it faces the same attack, in training and after.
 
@@ -153,6 +174,7 @@ def cell(
         algorithm: A key of ``ROWS``; ``backbone`` and ``dataset`` are keys of their registries.
         ratio: Width of an expert, or of a narrow net, over the full width; ``dense`` ignores it.
         num_experts: Experts of the mixtures; the other rows ignore it.
+        changes: Further settings by key; those that the run does not have are left out.
 
     Raises:
         ValueError: There is no such backbone, dataset or algorithm, the backbone has no such form,
@@ -182,7 +204,8 @@ def cell(
         "evaluation.step_size": radius / 4 / 255,
     }
     settings |= RECIPES.get(dataset, {}) | OF_BACKBONE.get(backbone, {})
-    return override(config, held(config, settings))
+    config = override(config, held(config, settings | dict(changes)))
+    return at_same_cost(config, ratio, num_experts) if row.same_cost else config
 
 
 def form_of(name: str, num_experts: int, ratio: float) -> Backbone:
@@ -201,6 +224,32 @@ def form_of(name: str, num_experts: int, ratio: float) -> Backbone:
         if (own := getattr(net, key)) != value:
             raise ValueError(f"backbone={name} has {key} {own}, and no form with {value}")
     return net
+
+
+def at_same_cost(config: Config, ratio: float, num_experts: int) -> Config:
+    """Give a dense net the ratio at which it costs most nearly what the mixture costs.
+
+    S-Dense, a net of the mixture's ratio, is 12% (``small``) to 28% (ResNet-18) cheaper than the
+    mixture, which has a router and a wider stem; this is the fair control. Widths are whole
+    channels, so the cost moves in steps. By bisection: it grows with the ratio.
+
+    Args:
+        config: A dense run; its backbone's other settings are the mixture's too.
+        ratio: Of the mixture, ``num_experts`` its experts.
+    """
+    classes, size, net = config.dataset.num_classes, config.dataset.image_size, config.backbone
+    mixture = replace(net, num_experts=num_experts, ratio=ratio)  # type: ignore[type-var]
+    target = _count(mixture, classes, size).gmac
+
+    def distance(value: float) -> float:
+        return _count(replace(net, ratio=value), classes, size).gmac - target  # type: ignore[type-var]
+
+    low, high = ratio / 2, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distance(middle) < 0 else (low, middle)
+    best = min((low, high), key=lambda value: abs(distance(value)))
+    return replace(config, backbone=replace(net, ratio=round(best, 6)))  # type: ignore[type-var]
 
 
 def held(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:

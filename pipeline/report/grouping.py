@@ -188,15 +188,20 @@ def kind_of(run: Run) -> str:
     """Name the row of the tables that a run belongs to; for anything else return its own name.
 
     Of two networks, such as a dual model's, the experts are counted for each: that is a mixture.
+    Rows that differ by their width alone are told apart by the name that the grid gives a cell.
     """
     counts = {k: v for k, v in run.params.items() if k.endswith(".num_experts")}
     mixture = int(counts.get("backbone.num_experts", 1 + bool(counts))) > 1
     narrow = float(run.params.get("backbone.ratio", "1")) < 1
-    for name, row in ROWS.items():
-        formed = row.mixture == mixture and (mixture or row.narrow == narrow)
-        if run.params["algorithm"] == row.algorithm and formed:
-            return name
-    return run.name
+    found = [
+        name
+        for name, row in ROWS.items()
+        if run.params["algorithm"] == row.algorithm
+        and row.mixture == mixture
+        and (mixture or row.narrow == narrow)
+    ]
+    named = (name for name in found if run.name.startswith(f"{name}_"))
+    return next(named, found[0] if found else run.name)
 
 
 def rank(row: ResultRow) -> tuple[int, str, str]:

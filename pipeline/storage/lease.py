@@ -1,4 +1,4 @@
-"""Who may write to a home in an object store, where there are no locks.
+"""Ownership lease of a run folder in an object store, where there are no locks.
 
 The owner's token stands in ``owner.json`` and its count rises every few seconds; a start that sees
 it rise leaves the run alone. Who finds none, or one that rests, writes its own, waits, and looks

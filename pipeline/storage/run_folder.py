@@ -1,4 +1,4 @@
-"""Where a run is kept, and that it is there alone."""
+"""Run folders: path, checks of the storage, and the lock that keeps other processes out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from pipeline.config import Config
 from pipeline.data import OnDisk
 from pipeline.storage.lease import leased
@@ -16,6 +18,7 @@ from pipeline.storage.object_store import check_uri
 from pipeline.storage.sync import home_of, set_home_aside, storage_root
 from pipeline.tracking import resolve_uri
 
+LONGEST_NAME = 160  # bytes: a file system takes 255 of a folder, Ray's actors and ours add to it
 POLL = 0.3  # seconds between two tries for a lock
 
 
@@ -26,7 +29,7 @@ def run_folder(config: Config) -> Path:
 
 
 def check_lasting(config: Config) -> None:
-    """Refuse places that a run could not be found in again.
+    """Refuse a storage, tracking or data path that does not outlive a Ray job.
 
     Raises:
         ValueError: The storage is no folder and no URI of a kind that we reach; or this is a Ray
@@ -35,6 +38,8 @@ def check_lasting(config: Config) -> None:
     """
     if remote := "://" in config.storage:
         check_uri(config.storage)
+    else:
+        check_folder_name(config)
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     if not (job.get("runtime_env") or {}).get("working_dir"):
         return
@@ -54,13 +59,32 @@ def check_lasting(config: Config) -> None:
         )
 
 
+def check_folder_name(config: Config) -> None:
+    """Refuse a storage that can be no folder, and a name that no file system takes.
+
+    Raises:
+        ValueError: As said; names the key, its value and what is valid.
+    """
+    root = Path(config.storage).expanduser()
+    there = next(part for part in (root, *root.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"storage must be a folder, got {config.storage!r}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"storage must be a folder to write to, got {config.storage!r}")
+    for key in ("name", "experiment"):
+        if len(getattr(config, key).encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"{key} must be at most {LONGEST_NAME} bytes, got {getattr(config, key)!r}"
+            )
+
+
 @contextmanager
 def owned(folder: Path, say: Callable[[str], None], patience: float = 60.0) -> Iterator[bool]:
     """Keep other processes out of a folder; tell whether it was free within so many seconds.
 
     A driver that was killed may leave one that still writes its last checkpoint, hence the wait.
     The lock ends with the process, however it ends; where the folder's home is an object store,
-    other machines are kept out as ``leases`` says, and the folder is fetched and kept there.
+    ``pipeline.storage.lease`` keeps other machines out, and the folder is fetched and kept there.
     """
     with locked(folder, say, patience) as free:
         home = home_of(folder)
@@ -74,25 +98,22 @@ def owned(folder: Path, say: Callable[[str], None], patience: float = 60.0) -> I
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None], patience: float) -> Iterator[bool]:
     """Keep other processes out of a folder, as far as its disk has locks."""
-    import fcntl
-
     folder.parent.mkdir(parents=True, exist_ok=True)
-    deadline, free, said = time.monotonic() + patience, False, False
-    with (folder.parent / f".{folder.name}.lock").open("a") as file:
-        while not free:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = True
-            except BlockingIOError:
-                if not said:
-                    say(f"another process has {shown(folder)}: waits for it")
-                if time.monotonic() > deadline:
-                    break
-                said = True
-                time.sleep(POLL)
-            except OSError:  # a file system without locks
-                free = True
+    lock, free = FileLock(folder.parent / f".{folder.name}.lock"), True
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say(f"another process has {shown(folder)}: waits for it")
+            lock.acquire(timeout=patience, poll_interval=POLL)
+    except Timeout:
+        free = False
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield free
+    finally:
+        lock.release()
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from filelock import FileLock
+
 from pipeline.data.files import Remote
 from pipeline.storage.object_store import Bucket, StoreError, TakenError
 
@@ -245,14 +247,11 @@ def for_worker(folder: Path) -> Callable[[], None] | None:
     Workers of one node fetch one after the other. The pushing stops if the run's owner, at the
     time of this call, has lost it to another.
     """
-    import fcntl
-
     if (home := home_of(folder)) is None:
         return None
     part = Part(home, folder, "training", owner=str(owner_of(home).get("token", "")))
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".fetching").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / ".fetching"):
         part.pull()
     return lambda: patiently(part)
 
@@ -262,7 +261,7 @@ def patiently(part: Part) -> None:
 
     Raises:
         StoreError: It is away for longer.
-            TakenError: The run belongs to another process.
+        TakenError: The run belongs to another process.
     """
     for pause in PAUSES:
         try:

@@ -10,7 +10,7 @@ from pipeline.nearest_names import unknown
 from pipeline.report.tables import as_text
 from pipeline.sweep.answer import answer, write
 from pipeline.sweep.trials import read_sweep
-from pipeline.tracking import mlflow_client, resolve_uri
+from pipeline.tracking import open_client, resolve_uri
 
 USAGE = """
 usage: python -m pipeline.sweep PARENT|latest [key=value ...] [--upload] [--help]
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
         found = answer(sweep)
         files = write(found, Path(given.settings.get("folder", "sweep")))
         if "--upload" in given.flags:
-            client = mlflow_client()(uri)
+            client = open_client(uri)
             for file in files:
                 client.log_artifact(sweep.parent.run_id, str(file), "answer")
     except ConnectionError as error:

@@ -16,7 +16,7 @@ from pipeline.cli.arguments import fail, read_arguments
 from pipeline.nearest_names import unknown
 from pipeline.sweep.trial_tables import number
 from pipeline.sweep.trials import Objective, Sweep, Trial, competing, is_share, read_sweep
-from pipeline.tracking import download, log_torch_model, mlflow_client, resolve_uri
+from pipeline.tracking import download, log_torch_model, open_client, resolve_uri
 
 USAGE = """
 usage: python -m pipeline.tune promote PARENT|latest [key=value ...]
@@ -148,9 +148,8 @@ def register(uri: str, sweep: Sweep, choice: Choice, name: str) -> str:
         UnfitError: The trial left no model.
         ConnectionError: The server does not answer, or refuses.
     """
-    client_class = mlflow_client()
     try:
-        client = client_class(uri)
+        client = open_client(uri)
         ensure_registered(client, name)
         run_id = choice.trial.run.run_id
         known = client.search_model_versions(f"name = '{name}'")

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SQLITE = "sqlite:///"
+from pipeline.tracking.database_file import artifact_folder, follow_move, to_path, to_uri
+from pipeline.tracking.reasons import RefusedError, reason, without_password
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -17,23 +18,15 @@ def resolve_uri(uri: str | None) -> str:
     Raises:
         ValueError: The URI names no scheme that MLflow writes to.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or to_uri(Path("mlflow.db"))
     if not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://|databricks", uri):
         raise ValueError(
             f"tracking_uri must be http(s)://, sqlite:/// or another database, "
             f"got {without_password(uri)!r}"
         )
-    if uri.startswith(SQLITE):
-        return f"{SQLITE}{Path.cwd() / uri.removeprefix(SQLITE)}"
+    if (file := to_path(uri)) is not None:
+        return to_uri(Path.cwd() / file)
     return uri.rstrip("/")
-
-
-def without_password(uri: str) -> str:
-    """Drop user and password from a URI, to print, store and compare it."""
-    if uri.startswith("sqlite"):
-        return uri
-    bare = re.sub(r"(?<=://)[^/?#]*@", "", uri)
-    return re.sub(r"(?i)([?&][^=&]*(?:user|password|token)=)[^&]*", r"\1...", bare)
 
 
 def mlflow_client() -> Any:
@@ -53,6 +46,28 @@ def mlflow_client() -> Any:
     for noisy in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what they say is said once, here
     return MlflowClient
+
+
+def open_client(uri: str) -> Any:
+    """Make a client of a server or a database, whose artifacts lie where the database lies now."""
+    follow_move(uri)
+    return mlflow_client()(uri)
+
+
+def check_database(uri: str) -> None:
+    """Refuse a database file that this MLflow cannot use, before hours of training.
+
+    Raises:
+        RefusedError: It is of another MLflow version, or is no database.
+    """
+    file = to_path(uri)
+    if file is None or not file.exists():
+        return
+    with alone(uri):
+        try:
+            open_client(uri).search_experiments(max_results=1)
+        except Exception as error:
+            raise RefusedError(str(reason(error, uri))) from None
 
 
 def active_run(client: Any, run_id: str | None) -> Any:
@@ -75,8 +90,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
     record = client.get_experiment_by_name(name)
     if record is None:
         location = None  # a server knows its own
-        if uri.startswith(SQLITE):
-            folder = Path(uri.removeprefix(SQLITE)).parent / "mlartifacts"
+        if (folder := artifact_folder(uri)) is not None:
             location = (folder / re.sub(r"[^\w\-. ]", "_", name)).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
@@ -98,8 +112,7 @@ def alone(uri: str) -> Iterator[None]:
     from filelock import FileLock
 
     with ExitStack() as stack:
-        if uri.startswith(SQLITE):
-            path = Path(uri.removeprefix(SQLITE))
+        if (path := to_path(uri)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError, NotImplementedError):  # some network file systems have no locks
                 stack.enter_context(FileLock(f"{path}.lock"))

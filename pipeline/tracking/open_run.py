@@ -9,13 +9,19 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.config.overrides import flatten
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, resolve_uri
+from pipeline.tracking.client import check_database
 
 
 def open_run(
     config: Config, folder: Path, tags: Mapping[str, str], strict: bool = False
 ) -> Tracker:
-    """Begin or continue the MLflow run of a folder, with the config as its parameters."""
+    """Begin or continue the MLflow run of a folder, with the config as its parameters.
+
+    Raises:
+        RefusedError: The database is of another MLflow version.
+    """
+    check_database(resolve_uri(config.tracking_uri))
     return Tracker.open(
         folder,
         tracking_uri=config.tracking_uri,

@@ -16,13 +16,9 @@ from typing import Any
 from pipeline.algorithms.renamed_losses import with_current_names
 from pipeline.config import ELSEWHERE
 from pipeline.nearest_names import nearest
-from pipeline.tracking.client import (
-    SQLITE,
-    active_run,
-    mlflow_client,
-    resolve_uri,
-    without_password,
-)
+from pipeline.tracking.client import active_run, open_client, resolve_uri
+from pipeline.tracking.database_file import to_path
+from pipeline.tracking.reasons import reason, without_password
 
 EVALUATED = "evaluated"  # tag of runs that judge another run again
 GRID = "grid"  # tag of a run that is the parent of a grid's cells
@@ -83,14 +79,14 @@ def reading(tracking_uri: str | None) -> Iterator[Any]:
     """
     uri = resolve_uri(tracking_uri)
     shown = without_password(uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := to_path(uri)) is not None and not file.exists():
         raise ValueError(f"no tracking database {shown}")
     try:
-        yield mlflow_client()(uri)
+        yield open_client(uri)
     except (ValueError, ConnectionError):
         raise
     except Exception as error:
-        raise ConnectionError(f"MLflow at {shown}: {type(error).__name__}") from error
+        raise reason(error, uri) from error
 
 
 def experiment_of(client: Any, name: str, tracking_uri: str | None) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.config import Config
+from pipeline.tracking.client import check_database, resolve_uri
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
+from pipeline.tracking.state_file import read_state
 from pipeline.tracking.tracker import Tracker
 
 
@@ -55,6 +57,7 @@ class RecordLog(Generic[R]):
         strict: bool = False,
     ) -> None:
         """Open or continue the parent run, where the children's config is tracked."""
+        check_database(resolve_uri(config.tracking_uri))
         self._tracker = Tracker.open(
             self.folder,
             tracking_uri=config.tracking_uri,
@@ -71,11 +74,8 @@ class RecordLog(Generic[R]):
         replace_file(self.path, json.dumps(content, indent=1) + "\n")
 
     def read(self) -> Any:
-        """Read the log's file; None without one."""
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        """Read the log's file; None without one that can be used."""
+        return read_state(self.path, kind=(dict, list), say=print)
 
     def having(self, status: str) -> list[R]:
         """List the children with a status."""

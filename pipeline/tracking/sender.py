@@ -7,17 +7,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from pipeline.tracking.client import (
-    active_run,
-    alone,
-    experiment_id,
-    mlflow_client,
-    without_password,
-)
+from pipeline.tracking.client import active_run, alone, experiment_id, open_client
 from pipeline.tracking.model_logging import send_model
 from pipeline.tracking.outbox import Journal, Row, name_for_server, replace_file
+from pipeline.tracking.reasons import one_line, without_password
+from pipeline.tracking.state_file import read_state
 
 LOG = logging.getLogger(__name__)
 FILES = {"artifact", "model"}  # rows that name files: these go to a store of their own
@@ -121,7 +116,7 @@ class RunSender:
         from mlflow.entities import Param
 
         with alone(self._uri):
-            client = mlflow_client()(self._uri)
+            client = open_client(self._uri)
             client.search_experiments(max_results=1)
         if (run := active_run(client, self.run_id)) is None:
             experiment = experiment_id(client, self._uri, self.info["experiment"])
@@ -158,13 +153,9 @@ class RunSender:
         replace_file(self.folder / "run.json", json.dumps(self.info, indent=2))
 
     def say(self, error: Exception) -> str:
-        """Write an error in one line, without passwords."""
-        text = f"{type(error).__name__}: {error}"
-        text = text.rpartition("Caused by ")[2]  # how requests wraps what really happened
-        text = text.replace(self._uri, self.info["tracking_uri"])
-        for secret in filter(None, (urlsplit(self._uri).password,)):
-            text = text.replace(secret, "...")
-        return text.splitlines()[0].rstrip('")')[:200]
+        """Tell an error in one line, without passwords."""
+        text = one_line(error, self._uri).replace(self._uri, self.info["tracking_uri"])
+        return text.rstrip('")')
 
 
 def is_refused(error: Exception) -> bool:
@@ -192,9 +183,8 @@ def load_info(folder: Path, uri: str, experiment: str) -> dict[str, Any]:
     where = {"tracking_uri": without_password(uri), "experiment": experiment}
     new: dict[str, Any] = {"run_id": None, "name": folder.name, "params": {}}
     new |= {"key": uuid.uuid4().hex, "start_ms": time.time_ns() // 1_000_000}
-    try:
-        info: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    info: dict[str, Any] | None = read_state(folder / "run.json", ("key", "start_ms"), LOG.warning)
+    if info is None:
         return new | where
     if any(info.get(key) != value for key, value in where.items()):
         info["run_id"] = None

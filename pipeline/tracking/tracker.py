@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.tracking.client import SQLITE, mlflow_client, resolve_uri
+from pipeline.tracking.client import mlflow_client, resolve_uri
+from pipeline.tracking.database_file import to_path, to_uri
 from pipeline.tracking.model_logging import write_model
 from pipeline.tracking.outbox import Journal, SenderThread
 from pipeline.tracking.sender import RunSender, load_info
@@ -214,17 +215,16 @@ class Tracker:
         if shown.startswith("http"):
             page = f"/#/experiments/{self._info.get('experiment_id')}/runs/{self.run_id}"
             return shown + (page if self.run_id else "")
-        if shown.startswith(SQLITE):
-            path = Path(shown.removeprefix(SQLITE))
+        if (path := to_path(shown)) is not None:
             here = path.is_relative_to(Path.cwd())
-            shown = f"{SQLITE}{path.relative_to(Path.cwd()) if here else path}"
+            shown = to_uri(path.relative_to(Path.cwd()) if here else path)
         return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
 
     def _start(self) -> None:
         """Begin to send; wait for the run's id, but not for a server that is away."""
         mlflow_client()  # imported here, not at the same time in the thread
         self._thread.start()
-        local = self._uri.startswith(SQLITE)
+        local = to_path(self._uri) is not None
         tries, seconds = (3, max(BUILDING, self.patience)) if local else (1, self.patience)
         deadline = time.monotonic() + seconds
         while not self._sender.connected and time.monotonic() < deadline:

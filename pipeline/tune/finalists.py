@@ -51,6 +51,7 @@ def judge(log: TrialLog, entry: TrialRecord, follower: Follower) -> dict[str, fl
     config, plan = checkpoint.load_config(best), read_plan({"tier": TIER})
     config = override(config, {"workers": 1})
     splits, model = config.dataset.load(config.seed), checkpoint.load_model(best)
+    checkpoint.check_classes(best, "the dataset", splits.class_names)
     jobs = plan_jobs(config, splits.test, plan)
     store = open_outcome_cache(config, origin(config, best), splits.test)
     results = shards(config, model, jobs, store, plan.batch, follower)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.overrides import flatten
+from pipeline.data.identity import check_same_data, data_sha256
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
@@ -51,7 +52,9 @@ class TrialLog(RecordLog[TrialRecord]):
         self.halted: dict[str, int] = {}
         self._open: dict[str, Tracker] = {}
         self._began: dict[str, float] = {}
+        self.sha256 = data_sha256(request.base.dataset)
         if kept := self.read():
+            check_same_data(f"sweep {self.folder.name}", kept.get("dataset_sha256"), self.sha256)
             self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
             self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
 
@@ -202,7 +205,8 @@ class TrialLog(RecordLog[TrialRecord]):
     def write(self) -> None:
         """Write the log to disk."""
         trials = [asdict(entry) for entry in self.entries]
-        self.save({"trials": trials, "reports": self.reports})
+        kept = {"dataset_sha256": self.sha256, "trials": trials, "reports": self.reports}
+        self.save(kept)
 
     def close(self, status: str) -> bool:
         """End the MLflow runs that are open; return whether MLflow has everything."""

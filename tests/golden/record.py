@@ -21,7 +21,7 @@ from moe.network import Network
 from moe.routers import ImageRouter
 from pipeline.algorithms import ALGORITHMS
 from pipeline.algorithms.jtdmoe import JTDMoE
-from pipeline.algorithms.staged import Staged
+from pipeline.algorithms.sparse import Sparse
 from pipeline.checkpoint import build_model
 from pipeline.config import Config
 from pipeline.data.augmentation import to_float
@@ -71,11 +71,12 @@ class Pair(DualNetworks):
 def curves(name: str) -> Curves:
     """Train a small mixture for ten updates; return each loss, in nats per image.
 
-    An algorithm with stages goes through all of them, and ends with a dense net of half the width.
+    An algorithm with stages goes through all of them; that which prunes ends with a dense net of
+    half the width.
     """
     dataset, algorithm = Synthetic(classes=4, size=8, train_images=256), ALGORITHMS[name]()
     two: Backbone = Two()
-    if isinstance(algorithm, Staged):
+    if isinstance(algorithm, Sparse):
         two = Two(num_experts=1, ratio=0.5)
     if isinstance(algorithm, JTDMoE):
         two = Pair()

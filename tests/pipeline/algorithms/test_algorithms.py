@@ -241,7 +241,8 @@ def test_every_algorithm_clips_each_group_and_keeps_the_direction(
 ) -> None:
     start, plain = dict(small.named_parameters()), trained(small, name)
     clipped = trained(small, name, clip_norm=1e-3)
-    for group in RATES if name != "adv_moe" else ["experts"]:  # its router sees other experts
+    in_turn = issubclass(ALGORITHMS[name], AdvMoE)  # its router sees other experts
+    for group in ["experts"] if in_turn else RATES:
         steps = [
             torch.cat([(now[key] - start[key]).detach().flatten() for key in group_of(now, group)])
             for now in (plain, clipped)
@@ -486,8 +487,9 @@ def test_ten_updates_are_those_on_record(name: str) -> None:
     wanted = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     found = curves(name)
     assert found.keys() == wanted.keys()
+    assert max(map(len, found.values())) == UPDATES  # some losses are of one stage alone
     for key, losses in found.items():
-        assert len(losses) == UPDATES
+        assert len(losses) == len(wanted[key])
         assert losses == pytest.approx(wanted[key], rel=2e-3, abs=2e-4), key
 
 

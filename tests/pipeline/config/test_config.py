@@ -47,6 +47,8 @@ OTHER: dict[str, Any] = {  # a valid value that is not the default, for every ke
     "algorithm.alpha": 2.0,
     "algorithm.router_loss": "pseudo_label",
     "algorithm.minibatches": "two",
+    "algorithm.homes": "superclass",
+    "algorithm.forced_routes": 0.5,
     "algorithm.aim": "ce",
     "algorithm.attack.eps": 0.01,
     "algorithm.attack.step_size": 0.01,

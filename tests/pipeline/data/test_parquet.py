@@ -206,7 +206,7 @@ def test_a_turned_bit_never_goes_unnoticed(tmp_path: Path, encode: Callable) -> 
     [
         ({"picture": ["x"], "label": [0]}, "has the columns picture, label; want img or image and"),
         ({"img": [{"bytes": b"x"}], "fine_label": [0]}, "want img or image and label"),
-        ({"img": ["x"], "label": [0]}, "img is string, want struct<bytes: binary"),
+        ({"img": ["x"], "label": [0]}, "the bytes of img are string, want struct<bytes: binary"),
         ({"img": [{"bytes": b"x"}], "label": [0.5]}, "label is double, want an integer"),
     ],
 )
