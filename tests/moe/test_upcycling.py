@@ -115,5 +115,5 @@ def test_a_dense_net_has_no_pathway_and_a_net_of_another_shape_is_named() -> Non
     with pytest.raises(ValueError, match="num_experts must be at least 2, got 1"):
         pathway(small(num_experts=1, ratio=0.5).build(10, 32))
     narrow = pathway(small(num_experts=2, ratio=0.25).build(10, 32))
-    with pytest.raises(ValueError, match=r"conv\.weight_FCRR has shape .*, the dense net has"):
+    with pytest.raises(ValueError, match=r"which is no copy for each|the mixture has no"):
         upcycle(narrow, small(num_experts=2, ratio=0.5).build(10, 32))
