@@ -7,12 +7,9 @@ top-k gates it is not.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe.layers import MoEConv2d
 from moe.network import Network, is_router_parameter
 from moe.token_network import TokenNetwork
 
@@ -46,39 +43,14 @@ def every_expert(name: str, dense: Tensor, stack: Tensor) -> Tensor:
     return dense if rest else dense.repeat(copies, *[1] * (dense.dim() - 1))
 
 
-def pathway(mixture: Network) -> Network:
-    """Make the dense network of one expert's path, with the mixture's stem and classifier.
-
-    S-Dense is narrower than this where a mixture keeps the full width of its stem (CIFAR's
-    ResNet-18). The first expert's weights are copied; the router and the layers' gates are left
-    out. BatchNorm, which all experts share, is the mixture's.
-
-    Raises:
-        ValueError: The network has one expert.
-    """
-    if mixture.num_experts < 2:
-        raise ValueError("a pathway is taken from a mixture: num_experts must be at least 2, got 1")
-    body = copy.deepcopy(mixture.body)
-    for layer in body.modules():
-        if isinstance(layer, MoEConv2d):
-            first = layer.weight_FCRR.detach().chunk(layer.num_experts)[0].clone()
-            layer.weight_FCRR, layer.num_experts, layer.gate = nn.Parameter(first), 1, None
-    return Network(body, None, normalize=copy.deepcopy(mixture.normalize), num_experts=1)
-
-
 @torch.no_grad()
-def upcycle(dense: Network, mixture: Network, image_size: int = 0) -> None:
+def upcycle(dense: Network, mixture: Network, image_size: int) -> None:
     """Fill a mixture from a dense network of the same backbone; its router stays as it was made.
 
-    Works for mixtures of MLPs, and for mixture convolutions from their ``pathway`` or from S-Dense
-    of AdvMoE (``num_experts=1`` at the same ratio). There the shared layers of the mixture may be
-    wider than those of the dense net: what reads their further channels starts at zero, which keeps
-    the function and lets them learn; a shortcut that the dense net has as an identity starts as
-    one.
-
-    Args:
-        image_size: Side of images on which the function of convolutional nets is compared; 0: it is
-            not.
+    Works for mixtures of MLPs, and for mixture convolutions from S-Dense of AdvMoE
+    (``num_experts=1`` at the same ratio). There the shared layers of the mixture may be wider than
+    those of the dense net: what reads their further channels starts at zero, which keeps the
+    function and lets them learn; a shortcut that the dense net has as an identity starts as one.
 
     Raises:
         ValueError: The source is no dense network, a weight is missing or of another shape, or the
@@ -86,8 +58,7 @@ def upcycle(dense: Network, mixture: Network, image_size: int = 0) -> None:
     """
     if dense.num_experts != 1:
         raise ValueError(f"upcycling starts from a dense network, got {dense.num_experts} experts")
-    source = dense.state_dict()
-    checked = bool(image_size) and not isinstance(mixture, TokenNetwork)
+    source, convolutions = dense.state_dict(), not isinstance(mixture, TokenNetwork)
     own = {n: t for n, t in mixture.state_dict().items() if not is_router_parameter(n)}
     if left := source.keys() - {dense_name(name) for name in own}:
         raise ValueError(f"the mixture has no {min(left)}: its layers are others at this ratio")
@@ -98,7 +69,7 @@ def upcycle(dense: Network, mixture: Network, image_size: int = 0) -> None:
             start_identity(name, target)
         else:
             raise ValueError(f"the dense network has no {dense_name(name)}")
-    if checked and relative_change(dense, mixture, image_size) > PRESERVED:
+    if convolutions and relative_change(dense, mixture, image_size) > PRESERVED:
         raise ValueError("the mixture cannot compute what the dense network does at this ratio")
 
 

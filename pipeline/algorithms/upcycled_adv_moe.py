@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe.backbones import Backbone
+from moe.expert_pathway import fill_experts, pathway
 from moe.network import Network
-from moe.upcycling import pathway, upcycle
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.staged import Stage
 from pipeline.algorithms.trades import Trades
@@ -62,4 +62,4 @@ class UpcycledAdvMoE(AdvMoE):
 
     def hand_over(self, stage: int, old: Network, new: Network) -> None:
         """Copy the pathway, BatchNorm included, into every expert."""
-        upcycle(old, new)
+        fill_experts(old, new)

@@ -49,9 +49,9 @@ ELSEWHERE = (
 LATER = {
     "norm_bound": 0.0,
     "upcycle_sha256": "",
+    "algorithm.attack_auxiliary_loss": False,
     "algorithm.homes": "mod",
     "algorithm.forced_routes": 0.0,
-    "algorithm.attack_auxiliary_loss": False,
 }
 """Keys that came later, with the value that leaves the fingerprint of older runs as it was."""
 LATER_OF_VIT = {

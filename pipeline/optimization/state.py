@@ -91,9 +91,9 @@ class TrainState:
         norm_bound: Largest L-inf operator norm of a layer after an update; 0: any.
         awp_gamma: Size of the weight perturbation in ``minimize`` over that of the weights.
         partition: Which parameters are in which group.
-        balance: Statistics of token routers in the passes of ``forward`` since the last update.
         class_groups: Group of each class, where the data set has groups; see
             ``pipeline.data.base.class_groups``.
+        balance: Statistics of token routers in the passes of ``forward`` since the last update.
     """
 
     model: Network
@@ -107,8 +107,8 @@ class TrainState:
     norm_bound: float = 0.0
     awp_gamma: float = 0.0
     partition: Partition = COMPONENTS
-    balance: list[Tensor] = field(default_factory=list)
     class_groups: tuple[int, ...] = ()
+    balance: list[Tensor] = field(default_factory=list)
 
     @property
     def deployed(self) -> Network:

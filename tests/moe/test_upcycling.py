@@ -8,9 +8,8 @@ from torch.testing import assert_close
 
 from moe.backbones import BACKBONES
 from moe.backbones.vit import ViT
-from moe.cost import cost
 from moe.network import Network
-from moe.upcycling import pathway, relative_change, upcycle
+from moe.upcycling import relative_change, upcycle
 
 
 def settled(model: Network, size: int) -> Network:
@@ -72,48 +71,3 @@ def test_networks_that_do_not_fit_are_refused() -> None:
     half = [small(num_experts=experts, ratio=0.5).build(5, 8) for experts in (1, 2)]
     with pytest.raises(ValueError, match=r"the mixture has no body\.blocks\.0\.shortcut"):
         upcycle(*half, 8)  # the mixture's stem is as wide as its first block
-
-
-NETS = [
-    BACKBONES["small"](num_experts=3, ratio=0.25),
-    BACKBONES["resnet18"](num_experts=2, ratio=0.25),
-    BACKBONES["wrn28_10"](num_experts=2, ratio=0.1),
-    BACKBONES["vgg16"](num_experts=2, ratio=0.1),
-    BACKBONES["densenet"](num_experts=2, ratio=0.25),
-    BACKBONES["small"](num_experts=2, ratio=0.25, router_scope="per_layer"),
-]
-
-
-@pytest.mark.parametrize("net", NETS, ids=str)
-def test_mixture_starts_as_the_function_of_its_pathway_whatever_the_route(net: object) -> None:
-    torch.manual_seed(0)
-    dense = pathway(net.build(10, 32))  # type: ignore[attr-defined]
-    x = torch.rand(6, 3, 32, 32)
-    dense(x)  # BatchNorm's statistics are no longer those of a new net
-    mixture = net.build(10, 32)  # type: ignore[attr-defined]
-    upcycle(dense, mixture)
-    dense.eval(), mixture.eval()
-    with torch.no_grad():
-        want = dense(x).logits
-        torch.testing.assert_close(mixture(x).logits, want, rtol=1e-6, atol=1e-6)
-        chosen = mixture(x).route
-        for expert in range(mixture.num_experts):
-            got = mixture.along(x, torch.full_like(chosen, expert))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("net", NETS[:5], ids=str)
-def test_pathway_costs_one_route_without_the_router(net: object) -> None:
-    mixture = net.build(10, 32)  # type: ignore[attr-defined]
-    whole, alone = cost(mixture, 32), cost(pathway(mixture), 32)
-    assert alone.gmac == pytest.approx(whole.gmac - whole.gmac_router, rel=1e-9)
-    assert alone.gmac_router == 0
-
-
-def test_a_dense_net_has_no_pathway_and_a_net_of_another_shape_is_named() -> None:
-    small = BACKBONES["small"]
-    with pytest.raises(ValueError, match="num_experts must be at least 2, got 1"):
-        pathway(small(num_experts=1, ratio=0.5).build(10, 32))
-    narrow = pathway(small(num_experts=2, ratio=0.25).build(10, 32))
-    with pytest.raises(ValueError, match=r"which is no copy for each|the mixture has no"):
-        upcycle(narrow, small(num_experts=2, ratio=0.5).build(10, 32))
