@@ -20,6 +20,7 @@ from pipeline.data.splits import hold_out
 from pipeline.distributed.driver import fit_on_ray
 from pipeline.distributed.worker_group import cause
 from pipeline.loop import fit
+from pipeline.tracking.database_file import to_uri
 from pipeline.tracking.open_run import open_run
 
 BARE, TRACKED = "bare loop", "Ray Train, MLflow"
@@ -52,7 +53,7 @@ def pipeline(settings: Settings) -> Benchmark:
         with tempfile.TemporaryDirectory() as scratch:
             home = Path(scratch) / "run"
             home.mkdir()
-            kept = override(config, {"tracking_uri": f"sqlite:///{scratch}/mlflow.db"})
+            kept = override(config, {"tracking_uri": to_uri(Path(scratch) / "mlflow.db")})
             tracker = open_run(kept, home, {})
             try:
                 ending = fit_on_ray(kept, home, tracker, ends)

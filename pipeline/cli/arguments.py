@@ -95,7 +95,7 @@ def main(run: Callable[[list[str]], int]) -> NoReturn:
 
 
 LIBRARIES = ("ray", "mlflow", "safetensors", "safetensors_rust", "sqlalchemy", "pyarrow", "PIL")
-"""Packages whose errors a setting, an address or a file mends; ours and torch's are bugs."""
+"""Packages whose errors a setting, an address or a file can fix; ours and torch's are bugs."""
 HELP = {
     errno.ENAMETOOLONG: "; a shorter name= or storage= fits",
     errno.ENOTDIR: "; storage= must be a folder, and a part of this path is a file",

@@ -8,7 +8,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.database_file import artifact_folder, follow_move, to_path, to_uri
+from pipeline.tracking.database_file import (
+    artifact_folder,
+    drop_misread_folder,
+    follow_move,
+    to_path,
+    to_uri,
+)
 from pipeline.tracking.reasons import RefusedError, reason, without_password
 
 
@@ -51,7 +57,9 @@ def mlflow_client() -> Any:
 def open_client(uri: str) -> Any:
     """Make a client of a server or a database, whose artifacts lie where the database lies now."""
     follow_move(uri)
-    return mlflow_client()(uri)
+    client = mlflow_client()(uri)
+    drop_misread_folder(uri)
+    return client
 
 
 def check_database(uri: str) -> None:

@@ -6,7 +6,7 @@ A path is not a URI. These two functions are the only place that makes one of th
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -65,6 +65,14 @@ def follow_move(uri: str) -> None:
             base.commit()
         except sqlite3.Error:  # no tables yet, or not ours: MLflow says so better
             base.rollback()
+
+
+def drop_misread_folder(uri: str) -> None:
+    """Remove the empty folder that MLflow makes where it takes a URI's escapes for a path."""
+    file, misread = to_path(uri), Path(uri.removeprefix(SQLITE)).parent
+    if file is not None and misread != file.parent:
+        with suppress(OSError):  # it is not there, or not empty: not MLflow's
+            misread.rmdir()
 
 
 def new_place(location: str | None, folder: Path) -> str:

@@ -21,7 +21,9 @@ from pipeline.algorithms.standard import Standard
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks.pgd import PGD
 from pipeline.loop import RouterError, check_gate
+from pipeline.optimization.awp import stacks
 from pipeline.optimization.losses import cross_entropy_per_image
+from pipeline.optimization.norm_bound import bound_norms
 from pipeline.optimization.state import GROUPS, TrainState
 from pipeline.seeding import Noise, generator_at
 
@@ -146,3 +148,17 @@ def test_attack_may_raise_the_auxiliary_losses_too() -> None:
         [model.auxiliary_per_image(model.router_scores(x[None]))[0] for x in x_BCHW]
     )
     assert_close(own_B, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_of_a_stack_are_perturbed_and_bounded_each_for_itself() -> None:
+    model = net()
+    counts = {id(weight): count for weight, count in stacks(model, list(model.parameters()))}
+    layer = model.mixtures["body.blocks.1.mlp"]
+    assert counts[id(layer.up_EHD)] == counts[id(layer.down_EDH)] == 4
+    assert id(layer.up_bias) not in counts
+    before_EHD = layer.up_EHD.detach().clone()
+    layer.up_EHD.data[1, 2] *= 100
+    large_EHD = layer.up_EHD.detach().clone()
+    bound_norms([layer.up_EHD], 1.0)
+    assert_close(layer.up_EHD[1, 2], large_EHD[1, 2] / large_EHD[1, 2].abs().sum())
+    assert torch.equal(layer.up_EHD[0], before_EHD[0])
