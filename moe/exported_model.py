@@ -98,7 +98,7 @@ class ExportedModel:
 
     def _held(self, tree: Mapping[str, Any], x_BCHW: Tensor, scores_BE: Tensor) -> Tensor:
         if tree["kind"] == "dual":
-            pairs_BSR = scores_BE.unflatten(1, (-1, _experts(tree["robust"])))
+            pairs_BSR = scores_BE.reshape(len(scores_BE), -1, _experts(tree["robust"]))
             standard_BK = self._held(tree["standard"], x_BCHW, pairs_BSR[:, :, 0])
             robust_BK = self._held(tree["robust"], x_BCHW, pairs_BSR[:, 0, :])
             return _blend(tree, standard_BK, robust_BK)
@@ -127,14 +127,15 @@ class ExportedModel:
         chosen_F = chosen_BC.flatten()
         order_F = chosen_F.argsort(stable=True)
         counts = torch.bincount(chosen_F, minlength=len(tree["experts"])).tolist()
-        rows = (order_F // chosen_BC.shape[1]).split(counts)
+        rows = torch.split(order_F // chosen_BC.shape[1], counts)
         parts = [
             self.parts[name](part)
             for name, rows_b in zip(tree["experts"], rows, strict=True)
             if len(rows_b)
             for part in _pieces(x_BCHW[rows_b])
         ]
-        return torch.cat(parts)[order_F.argsort()].unflatten(0, chosen_BC.shape)
+        whole_FK = torch.cat(parts)[order_F.argsort()]
+        return whole_FK.reshape(*chosen_BC.shape, whole_FK.shape[1])
 
 
 def best(scores_BE: Tensor, top_k: int) -> Tensor:
@@ -152,10 +153,11 @@ def _blend(tree: Mapping[str, Any], standard_BK: Tensor, robust_BK: Tensor) -> T
     """Mix the outputs of a dual model, ``(1 - alpha) F_S + alpha F_R``."""
     alpha = tree["alpha"]
     if tree["mix"] == "logits":
-        return (1 - alpha) * standard_BK + alpha * robust_BK
+        mixed_BK: Tensor = (1 - alpha) * standard_BK + alpha * robust_BK
+        return mixed_BK
     log_BK = [standard_BK.log_softmax(1), robust_BK.log_softmax(1)]
     if alpha in (0, 1):
-        return log_BK[int(alpha)]
+        return log_BK[1] if alpha else log_BK[0]
     return torch.logaddexp(log_BK[0] + math.log(1 - alpha), log_BK[1] + math.log(alpha))
 
 

@@ -13,7 +13,7 @@ from pipeline.checkpoint import build_model
 from pipeline.config import read
 
 
-class HubModel(nn.Module, PyTorchModelHubMixin):
+class HubModel(nn.Module, PyTorchModelHubMixin):  # type: ignore[misc]
     """A network with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
     Reads what ``python -m pipeline.export`` wrote: its ``config.json`` names the settings, and
