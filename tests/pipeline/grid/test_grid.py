@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe.cost import cost
 from pipeline.checkpoint import build_model
@@ -49,7 +50,14 @@ def test_every_cell_is_a_preset_with_the_settings_that_its_row_asks_for(preset: 
     assert (flat["dataset"], flat["backbone"]) == (preset.dataset, preset.backbone)
     assert flat["algorithm"] == row.algorithm
     assert (config.backbone.num_experts > 1) == row.mixture
-    assert config.backbone.ratio == (0.5 if row.narrow else 1.0)
+    if row.same_cost:
+        mixture = cell(preset.backbone, preset.dataset, "adv_moe")
+        size, classes = config.dataset.image_size, config.dataset.num_classes
+        with torch.device("meta"):
+            own, want = (cost(c.backbone.build(classes, size), size) for c in (config, mixture))
+        assert own.gmac == pytest.approx(want.gmac, rel=0.02)
+    else:
+        assert config.backbone.ratio == (0.5 if row.narrow else 1.0)
     radius = RADII.get(preset.dataset, 8.0)
     assert flat["algorithm.attack.eps"] == flat["evaluation.eps"] == radius / 255
     assert flat["algorithm.attack.steps"] == 2
