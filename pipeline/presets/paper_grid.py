@@ -233,7 +233,8 @@ def at_same_cost(config: Config, ratio: float, num_experts: int) -> Config:
 
     S-Dense, a net of the mixture's ratio, is 12% (``small``) to 28% (ResNet-18) cheaper than the
     mixture, which has a router and a wider stem; this is the fair control. Widths are whole
-    channels, so the cost moves in steps. By bisection: it grows with the ratio.
+    channels, so the cost moves in steps (of
+    DenseNet's growth rate up to 15%). By bisection: it grows with the ratio.
 
     Args:
         config: A dense run; its backbone's other settings are the mixture's too.

@@ -55,7 +55,8 @@ def test_every_cell_is_a_preset_with_the_settings_that_its_row_asks_for(preset: 
         size, classes = config.dataset.image_size, config.dataset.num_classes
         with torch.device("meta"):
             own, want = (cost(c.backbone.build(classes, size), size) for c in (config, mixture))
-        assert own.gmac == pytest.approx(want.gmac, rel=0.02)
+        coarse = preset.backbone == "densenet"  # its growth rate is a small whole number
+        assert own.gmac == pytest.approx(want.gmac, rel=0.16 if coarse else 0.02)
     else:
         assert config.backbone.ratio == (0.5 if row.narrow else 1.0)
     radius = RADII.get(preset.dataset, 8.0)
