@@ -288,7 +288,8 @@ def cause(error: BaseException) -> str:
     while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    text = " ".join(lines if len(lines) <= FEW else [lines[-1]])  # of a traceback the last
+    whole = len(lines) <= FEW and not isinstance(error, RuntimeError)  # of a traceback the last
+    text = " ".join(lines if whole else lines[-1:])
     return f"{type(error).__name__}: {text}"
 
 
