@@ -171,7 +171,7 @@ def test_watched_gradient_norm_is_the_one_before_clipping(small: Network) -> Non
     assert state.check(1) == plain.check(1)
     for group in GROUPS:
         grads = [p.grad for p in state.parameters(group) if p.grad is not None]
-        assert torch.nn.utils.get_total_norm(grads).item() <= 1e-3
+        assert torch.nn.utils.get_total_norm(grads).item() <= 1e-3 * (1 + 1e-6)  # a rounding
 
 
 # Two workers
