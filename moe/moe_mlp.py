@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.token_routing import (
-    ROUTER_KINDS,
     AuxiliaryWeights,
     RouterKind,
     SlotRoute,
@@ -28,6 +27,7 @@ from moe.token_routing import (
     token_gates,
     within_capacity,
 )
+from moe.valid_fields import Count, NonNegative, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,15 @@ class TokenMixture:
     top_k: int = 1
     router: RouterKind = "top_k"
     renormalize: bool = False
-    capacity: float = 0.0
+    capacity: NonNegative = 0.0
     priority: bool = False
-    group: int = 8
-    noise_std: float = 1.0
+    group: Count = 8
+    noise_std: NonNegative = 1.0
     identical: bool = False
     weights: AuxiliaryWeights = AuxiliaryWeights()
 
     def __post_init__(self) -> None:
-        if self.router not in ROUTER_KINDS:
-            raise ValueError(
-                f"router must be one of {', '.join(ROUTER_KINDS)}, got {self.router!r}"
-            )
+        check_fields(self)
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k must be from 1 to num_experts ({self.num_experts}), got {self.top_k}"
@@ -76,11 +73,6 @@ class TokenMixture:
                 "top_k must be at least 2 with renormalize=true, got 1: the gate of one expert "
                 "alone is always 1 and trains no router"
             )
-        for name in ("capacity", "noise_std"):
-            if not 0 <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-        if self.group < 1:
-            raise ValueError(f"group must be at least 1, got {self.group}")
 
     @property
     def couples(self) -> bool:

@@ -38,22 +38,6 @@ ACTIVATIONS: dict[Activation, Act] = {"relu": relu, "silu": F.silu, "softplus": 
 (Xie et al., 2020, arXiv:2006.14536); ``softplus`` is the parametric one of that paper."""
 
 
-def check(num_experts: int, ratio: float, router_scope: str, activation: str = "relu") -> None:
-    """Refuse settings that no backbone can build.
-
-    Raises:
-        ValueError: A setting is out of its range; the message names it, its value and the range.
-    """
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
-    if router_scope not in ("shared", "per_layer"):
-        raise ValueError(f"router_scope must be shared or per_layer, got {router_scope!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be relu, silu or softplus, got {activation!r}")
-
-
 def scaled(width: int, ratio: float) -> int:
     """Width of one expert, ``int(r * width)`` (AdvMoE, section 3).
 

@@ -6,12 +6,12 @@ Shapes: B images, C channels, HW sides, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.backbones.base import RouterScope
 from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
@@ -21,7 +21,6 @@ from moe.backbones.blocks import (
     MakeConv,
     PreActBody,
     assemble,
-    check,
     mixture,
     mixture_conv,
     scaled,
@@ -30,6 +29,7 @@ from moe.layers import plain_conv
 from moe.network import Network
 from moe.routers import ImageRouter
 from moe.routing import Routing
+from moe.valid_fields import CheckedFields, Count, Ratio
 
 
 class DenseLayer(nn.Module):
@@ -62,7 +62,7 @@ class Transition(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseNet:
+class DenseNet(CheckedFields):
     """DenseNet-BC whose growth rate is scaled by the ratio; compression 0.5.
 
     Both convolutions of a dense layer are mixtures; transitions and stem are plain. Their widths
@@ -83,13 +83,10 @@ class DenseNet:
         activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
-    num_experts: int = 2
-    ratio: float = 0.5
-    router_scope: Literal["shared", "per_layer"] = "shared"
+    num_experts: Count = 2
+    ratio: Ratio = 0.5
+    router_scope: RouterScope = "shared"
     activation: Activation = "relu"
-
-    def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from moe.backbones.base import Backbone, RouterScope
 from moe.backbones.mixture import NetworkMixture
-from moe.dual_model import Dual, Mix, check_mix
+from moe.dual_model import Dual, Mix
 from moe.network import Network
+from moe.valid_fields import UpToOne, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class DualNetworks:
 
     standard: Backbone = NetworkMixture()
     robust: Backbone = NetworkMixture()
-    alpha: float = 0.5
+    alpha: UpToOne = 0.5
     mix: Mix = "probabilities"
 
     def __post_init__(self) -> None:
-        check_mix(self.alpha, self.mix)
+        check_fields(self)
         for key in ("standard", "robust"):
             half: Backbone = getattr(self, key)
             if isinstance(half, DualNetworks):

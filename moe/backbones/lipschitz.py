@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe.backbones.blocks import assemble, check, scaled
+from moe.backbones.base import RouterScope
+from moe.backbones.blocks import assemble, scaled
 from moe.network import Network
 from moe.routing import Routing, at_least_float32
+from moe.valid_fields import Count, Ratio, check_fields
 
 
 class MaxMinBody(nn.Module):
@@ -55,22 +56,19 @@ class Lipschitz:
         depth: Hidden layers.
     """
 
-    num_experts: int = 1
-    ratio: float = 1.0
-    router_scope: Literal["shared", "per_layer"] = "shared"
-    width: int = 256
-    depth: int = 2
+    num_experts: Count = 1
+    ratio: Ratio = 1.0
+    router_scope: RouterScope = "shared"
+    width: Count = 256
+    depth: Count = 2
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope)
+        check_fields(self)
         if self.num_experts != 1:
             raise ValueError(
                 f"num_experts must be 1, got {self.num_experts}; a mixture of such networks is "
                 "backbone=mixture backbone.expert=lipschitz"
             )
-        for name in ("width", "depth"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if scaled(self.width, self.ratio) % 2:
             raise ValueError(f"width times ratio must be even, got {self.width} x {self.ratio}")
 

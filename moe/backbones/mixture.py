@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe.backbones.base import Backbone, RouterScope
-from moe.backbones.blocks import check
 from moe.backbones.small import Small
 from moe.mixture_of_networks import Gate, LinearRouter, Mix, Mixture, check_gate
 from moe.network import Network
 from moe.routers import ImageRouter
+from moe.valid_fields import Count, Ratio, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class NetworkMixture:
         ValueError: A setting is out of its range.
     """
 
-    num_experts: int = 4
-    ratio: float = 1.0
+    num_experts: Count = 4
+    ratio: Ratio = 1.0
     router_scope: RouterScope = "shared"
     expert: Backbone = Small(num_experts=1, ratio=1.0)
     top_k: int = 2
@@ -43,7 +43,7 @@ class NetworkMixture:
     mix: Mix = "probabilities"
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope)
+        check_fields(self)
         if self.router_scope != "shared":
             raise ValueError(
                 f"router_scope must be shared for whole networks, got {self.router_scope!r}"
@@ -53,8 +53,6 @@ class NetworkMixture:
         for key in ("num_experts", "ratio"):
             if (value := getattr(self.expert, key)) != 1:
                 raise ValueError(f"expert.{key} must be 1, got {value}; set {key} of the mixture")
-        if self.router not in ("linear", "cnn"):
-            raise ValueError(f"router must be linear or cnn, got {self.router!r}")
         check_gate(self.gate, self.top_k, self.num_experts, self.mix)
 
     def build(self, num_classes: int, image_size: int) -> Network:

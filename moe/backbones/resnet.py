@@ -6,18 +6,17 @@ Shapes: B images, C channels, HW sides, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.backbones.base import RouterScope
 from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
     Activation,
     BasicBlock,
     assemble,
-    check,
     mixture,
     plain,
     relu,
@@ -27,6 +26,7 @@ from moe.layers import ConvNorm
 from moe.network import Network
 from moe.routers import ImageRouter
 from moe.routing import Routing, at_least_float32
+from moe.valid_fields import CheckedFields, Count, Ratio
 
 
 class ResidualBody(nn.Module):
@@ -57,7 +57,7 @@ class ResidualBody(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNet18:
+class ResNet18(CheckedFields):
     """ResNet-18 whose 3x3 convolutions are mixtures of ``num_experts`` of ``ratio`` the width.
 
     Up to 64 px: 3x3 stem, shortcuts plain (16 mixture convolutions); the stem of a mixture keeps
@@ -74,16 +74,11 @@ class ResNet18:
         activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
-    num_experts: int = 2
-    ratio: float = 0.5
-    router_scope: Literal["shared", "per_layer"] = "shared"
-    width: int = 64
+    num_experts: Count = 2
+    ratio: Ratio = 0.5
+    router_scope: RouterScope = "shared"
+    width: Count = 64
     activation: Activation = "relu"
-
-    def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

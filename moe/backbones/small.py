@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from moe.backbones.base import RouterScope
 from moe.backbones.blocks import (
     ACTIVATIONS,
     Activation,
     BasicBlock,
     assemble,
-    check,
     mixture,
     plain,
     scaled,
@@ -18,10 +17,11 @@ from moe.backbones.blocks import (
 from moe.backbones.resnet import ResidualBody
 from moe.network import Network
 from moe.routers import ImageRouter
+from moe.valid_fields import CheckedFields, Count, Ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Small:
+class Small(CheckedFields):
     """One residual block a stage at widths 96, 192, 384 behind a stem of 48 channels.
 
     From 32 px on the stem halves the image's side, as do the last two stages. At 32 px and
@@ -35,13 +35,10 @@ class Small:
         activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
-    num_experts: int = 2
-    ratio: float = 0.5
-    router_scope: Literal["shared", "per_layer"] = "shared"
+    num_experts: Count = 2
+    ratio: Ratio = 0.5
+    router_scope: RouterScope = "shared"
     activation: Activation = "relu"
-
-    def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

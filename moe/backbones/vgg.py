@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.backbones.base import RouterScope
 from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
     Activation,
     assemble,
-    check,
     mixture,
     plain,
     scaled,
@@ -26,6 +25,7 @@ from moe.layers import ConvNorm
 from moe.network import Network
 from moe.routers import ImageRouter
 from moe.routing import Routing, at_least_float32
+from moe.valid_fields import CheckedFields, Count, Ratio
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width, convolutions
 HIDDEN, SIDE = 256, 2
@@ -56,7 +56,7 @@ class VGGBody(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VGG16:
+class VGG16(CheckedFields):
     """VGG-16: 13 convolutions with BatchNorm, and a head of 256, 256 and K outputs.
 
     All convolutions but the first are mixtures (12); the first is plain and scaled by the ratio,
@@ -72,13 +72,10 @@ class VGG16:
         activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
-    num_experts: int = 2
-    ratio: float = 0.5
-    router_scope: Literal["shared", "per_layer"] = "shared"
+    num_experts: Count = 2
+    ratio: Ratio = 0.5
+    router_scope: RouterScope = "shared"
     activation: Activation = "relu"
-
-    def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

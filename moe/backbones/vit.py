@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.backbones.base import RouterScope
-from moe.backbones.blocks import check, scaled
+from moe.backbones.blocks import scaled
 from moe.moe_mlp import MoEMlp, TokenMixture
 from moe.network import Network
 from moe.normalize import Normalize
@@ -29,6 +29,7 @@ from moe.routing import Routing, at_least_float32
 from moe.token_network import TokenNetwork
 from moe.token_routing import AuxiliaryWeights, RouterKind, TokenRouting
 from moe.upcycling import dense_name, every_expert
+from moe.valid_fields import Count, NonNegative, Positive, Ratio, Whole, check_fields
 from moe.weight_files import check_weights
 
 Size = Literal["micro", "tiny", "small", "base"]
@@ -280,44 +281,30 @@ class ViT:
         ValueError: A setting is out of its range.
     """
 
-    num_experts: int = 1
-    ratio: float = 1.0
+    num_experts: Count = 1
+    ratio: Ratio = 1.0
     router_scope: RouterScope = "shared"
     size: Size = "tiny"
-    patch: int = 0
+    patch: Whole = 0
     pixels: Literal["data", "half"] = "data"
     weights: str = ""
     weights_sha256: str = ""
     pooling: Pooling = "token"
-    hidden: float = 4.0
+    hidden: Positive = 4.0
     placement: str = "every_2"
     top_k: int = 1
     router: RouterKind = "top_k"
     renormalize: bool = False
-    capacity: float = 0.0
+    capacity: NonNegative = 0.0
     priority: bool = False
-    group: int = 8
-    noise_std: float = 1.0
+    group: Count = 8
+    noise_std: NonNegative = 1.0
     identical: bool = False
-    balance: float = 1.0
-    z_loss: float = 0.0
+    balance: NonNegative = 1.0
+    z_loss: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope)
-        for key, valid in (
-            ("size", tuple(FORMS)),
-            ("pixels", ("data", "half")),
-            ("pooling", ("token", "mean")),
-        ):
-            if (value := getattr(self, key)) not in valid:
-                raise ValueError(f"{key} must be one of {', '.join(valid)}, got {value!r}")
-        if self.patch < 0:
-            raise ValueError(f"patch must be at least 0, got {self.patch}")
-        for key in ("balance", "z_loss"):
-            if not 0 <= (value := getattr(self, key)) < float("inf"):
-                raise ValueError(f"{key} must be at least 0 and finite, got {value}")
-        if not 0 < self.hidden < float("inf"):
-            raise ValueError(f"hidden must be above 0 and finite, got {self.hidden}")
+        check_fields(self)
         mixture_blocks(self.placement, FORMS[self.size].depth)
         if self.num_experts > 1:
             self.mixture()

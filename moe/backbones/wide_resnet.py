@@ -6,10 +6,10 @@ Shapes: B images, C channels, HW sides, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
+from moe.backbones.base import RouterScope
 from moe.backbones.blocks import (
     ACTIVATIONS,
     Act,
@@ -19,7 +19,6 @@ from moe.backbones.blocks import (
     MakeConv,
     PreActBody,
     assemble,
-    check,
     mixture,
     mixture_conv,
     scaled,
@@ -28,6 +27,7 @@ from moe.layers import plain_conv
 from moe.network import Network
 from moe.routers import ImageRouter
 from moe.routing import Routing
+from moe.valid_fields import CheckedFields, Count, Ratio
 
 
 class PreActBlock(nn.Module):
@@ -61,7 +61,7 @@ class PreActBlock(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WideResNet:
+class WideResNet(CheckedFields):
     """WRN-28-10: three groups of four pre-activation blocks, 160, 320 and 640 channels wide.
 
     All 27 convolutions of the blocks, shortcuts included, are mixtures; the stem of 16 channels is
@@ -79,13 +79,10 @@ class WideResNet:
         activation: ``relu``, or smooth (arXiv:2006.14536): ``silu``, ``softplus``; of the body.
     """
 
-    num_experts: int = 2
-    ratio: float = 0.5
-    router_scope: Literal["shared", "per_layer"] = "shared"
+    num_experts: Count = 2
+    ratio: Ratio = 0.5
+    router_scope: RouterScope = "shared"
     activation: Activation = "relu"
-
-    def __post_init__(self) -> None:
-        check(self.num_experts, self.ratio, self.router_scope, self.activation)
 
     def build(self, num_classes: int, image_size: int) -> Network:
         """Make the network for square images of ``image_size`` pixels."""

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.valid_fields import CheckedFields, Count, InsideOne, Positive
+
 ABSTAIN = -1
 BISECTIONS = 60
 
@@ -29,7 +31,7 @@ class Smoothed(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smoothing:
+class Smoothing(CheckedFields):
     """``g(x) = argmax_c P[f(x + e) = c]``, ``e ~ N(0, sigma^2 I)``.
 
     Cohen, Rosenfeld and Kolter, ICML 2019 (arXiv:1902.02918): if c has probability at least
@@ -49,20 +51,11 @@ class Smoothing:
         ValueError: A setting is out of its range.
     """
 
-    sigma: float = 0.25
-    choose: int = 100
-    samples: int = 1000
-    alpha: float = 0.001
-    batch: int = 500
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(f"sigma must be above 0, got {self.sigma}")
-        for name in ("choose", "samples", "batch"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha must be above 0 and below 1, got {self.alpha}")
+    sigma: Positive = 0.25
+    choose: Count = 100
+    samples: Count = 1000
+    alpha: InsideOne = 0.001
+    batch: Count = 500
 
     def certify(self, classify: Classify, x_CHW: Tensor, generator: torch.Generator) -> Smoothed:
         """Choose a class, bound its probability, and turn that into a radius; or abstain."""

@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.attack_objectives import check_aim, joint, router_divergence
+from moe.valid_fields import CheckedFields, NonNegative, UpToOne
+from pipeline.algorithms.attack_objectives import AimKind, joint, router_divergence
 from pipeline.algorithms.forced_routes import draw_routes
 from pipeline.algorithms.homes import Homes, home_of
 from pipeline.algorithms.trades import trades_terms
@@ -21,7 +22,7 @@ from pipeline.optimization.state import Terms, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvMoE:
+class AdvMoE(CheckedFields):
     """One TRADES update of the experts, then one of the router (arXiv:2308.10110, eq. 3).
 
     ``min_psi l(psi, phi*(psi))``, ``phi*(psi) = argmin_phi l(psi, phi)``, with router psi, experts
@@ -56,30 +57,14 @@ class AdvMoE:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
-    alpha: float = 6.0
+    beta: NonNegative = 6.0
+    alpha: NonNegative = 6.0
     router_loss: Literal["trades", "pseudo_label"] = "trades"
     minibatches: Literal["one", "two"] = "one"
-    aim: Literal["kl", "ce"] = "kl"
+    aim: AimKind = "kl"
     homes: Homes = "mod"
-    forced_routes: float = 0.0
+    forced_routes: UpToOne = 0.0
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "alpha"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        if self.router_loss not in ("trades", "pseudo_label"):
-            raise ValueError(
-                f"router_loss must be trades or pseudo_label, got {self.router_loss!r}"
-            )
-        check_aim(self.aim)
-        if self.minibatches not in ("one", "two"):
-            raise ValueError(f"minibatches must be one or two, got {self.minibatches!r}")
-        if self.homes not in ("mod", "superclass"):
-            raise ValueError(f"homes must be mod or superclass, got {self.homes!r}")
-        if not 0 <= self.forced_routes <= 1:
-            raise ValueError(f"forced_routes must be from 0 to 1, got {self.forced_routes}")
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update both groups from pixels in [0, 1]; return detached losses in nats per image."""

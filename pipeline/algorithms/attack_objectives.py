@@ -6,6 +6,7 @@ Shapes: B images, K classes, E experts, CHW channels and sides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,8 @@ from pipeline.optimization.losses import cross_entropy_per_image, kl_per_image
 
 Aim = Callable[[Network, Tensor], Objective]
 """From a frozen model and clean images to what the attack raises, one value an image."""
-
-
-def check_aim(kind: str) -> None:
-    """Refuse an aim that is not ``kl`` or ``ce``."""
-    if kind not in ("kl", "ce"):
-        raise ValueError(f"aim must be kl or ce, got {kind!r}")
+AimKind = Literal["kl", "ce"]
+"""Which of the two an attack raises: the divergence from the clean answer, or the error."""
 
 
 def divergence(model: Network, x_BCHW: Tensor) -> Objective:

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moe.valid_fields import CheckedFields, NonNegative
 from pipeline.optimization.state import GROUPS, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian:
+class Gaussian(CheckedFields):
     """``min CE(f(x + e), y)``, ``e ~ N(0, sigma^2 I)``, over all groups.
 
     The training of randomized smoothing (Cohen et al., ICML 2019, arXiv:1902.02918, section 3.3);
@@ -23,11 +24,7 @@ class Gaussian:
     """
 
     selects: ClassVar[str] = "val/sa"
-    sigma: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not self.sigma >= 0:
-            raise ValueError(f"sigma must be at least 0, got {self.sigma}")
+    sigma: NonNegative = 0.25
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from moe.dual_model import Dual
 from moe.fold_batchnorm import fold
 from moe.network import Network, is_router_parameter
-from pipeline.algorithms.rt_er import Robustify, check_settings, rt_er_terms
+from moe.valid_fields import CheckedFields, NonNegative
+from pipeline.algorithms.rt_er import Robustify, rt_er_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
 from pipeline.optimization.state import HALVES, Partition, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class JTDMoE:
+class JTDMoE(CheckedFields):
     """One step of RT-ER on the robust half, then one of ``CE(F_D(x), y)`` on the standard half.
 
     ``F_D = (1 - alpha) F_S + alpha F_R`` on clean images, alpha that of the model; joint training
@@ -41,13 +42,10 @@ class JTDMoE:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
+    beta: NonNegative = 6.0
     robustify: Robustify = "all"
     attack: Attack = PGD()
     partition: ClassVar[Partition] = HALVES
-
-    def __post_init__(self) -> None:
-        check_settings(self.beta, self.robustify)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update both halves from pixels in [0, 1]; return detached losses in nats per image."""

@@ -1,11 +1,11 @@
 """AT (MoE): the baseline that steps router and experts together."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.attack_objectives import check_aim, joint, with_auxiliary_loss
+from moe.valid_fields import CheckedFields, NonNegative
+from pipeline.algorithms.attack_objectives import AimKind, joint, with_auxiliary_loss
 from pipeline.algorithms.trades import trades_terms
 from pipeline.attacks import Attack
 from pipeline.attacks.pgd import PGD
@@ -13,7 +13,7 @@ from pipeline.optimization.state import GROUPS, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEAT:
+class MoEAT(CheckedFields):
     """AdvMoE's loss and attack without its alternation (arXiv:2308.10110, "AT (MoE)").
 
     ``min CE(f(x), y) + beta KL(f(x) || f(x'))`` over experts and router at once; the router learns
@@ -29,15 +29,10 @@ class MoEAT:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
-    aim: Literal["kl", "ce"] = "kl"
+    beta: NonNegative = 6.0
+    aim: AimKind = "kl"
     attack: Attack = PGD(step_size=5 / 255, steps=2, start="gaussian")
     attack_auxiliary_loss: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
-        check_aim(self.aim)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.fold_batchnorm import fold
 from moe.network import Network
+from moe.valid_fields import CheckedFields, NonNegative
 from pipeline.algorithms.attack_objectives import Aim, error
 from pipeline.attacks import Attack, Objective
 from pipeline.attacks.pgd import PGD
@@ -25,20 +26,8 @@ Part = Callable[[Network], Network]
 """Picks what trains out of the model: all of it, or a half."""
 
 
-def check_settings(beta: float, robustify: str) -> None:
-    """Refuse a negative weight, and experts that nobody knows.
-
-    Raises:
-        ValueError: A setting is out of its range.
-    """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
-    if robustify not in ("second", "all", "none"):
-        raise ValueError(f"robustify must be second, all or none, got {robustify!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RTER:
+class RTER(CheckedFields):
     """``CE(F(x'), y) + beta / B sum_b KL(f_j(x) || f_j(x^j))`` (arXiv:2502.06832, section 4).
 
     x' raises the cross-entropy of the whole model, x^j that of expert j alone, where j is the
@@ -56,12 +45,9 @@ class RTER:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
+    beta: NonNegative = 6.0
     robustify: Robustify = "second"
     attack: Attack = PGD()
-
-    def __post_init__(self) -> None:
-        check_settings(self.beta, self.robustify)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
 
 from moe.backbones import Backbone
 from moe.network import Network
 from moe.pruning.hydra import scored, scored_body
-from pipeline.algorithms.attack_objectives import check_aim
+from moe.valid_fields import InsideOne, NonNegative, Positive, check_fields
+from pipeline.algorithms.attack_objectives import AimKind
 from pipeline.algorithms.staged import Stage
 from pipeline.algorithms.trades import Trades
 from pipeline.attacks import Attack
@@ -43,29 +43,21 @@ class Sparse:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
-    pretrain: float = 0.45
-    score: float = 0.1
-    score_rate: float = 1.0
-    tune_rate: float = 1.0
-    aim: Literal["kl", "ce"] = "kl"
+    beta: NonNegative = 6.0
+    pretrain: InsideOne = 0.45
+    score: InsideOne = 0.1
+    score_rate: Positive = 1.0
+    tune_rate: Positive = 1.0
+    aim: AimKind = "kl"
     attack: Attack = PGD(start="gaussian")
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
-        for name in ("pretrain", "score"):
-            if not 0 < (share := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be above 0 and below 1, got {share}")
+        check_fields(self)
         if not self.pretrain + self.score < 1:
             raise ValueError(
                 f"score must be below {1 - self.pretrain:.6g}, what pretrain leaves of the run, "
                 f"got {self.score}"
             )
-        for name in ("score_rate", "tune_rate"):
-            if not 0 < (rate := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} must be above 0, got {rate}")
-        check_aim(self.aim)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update what the stage trains; return detached losses in nats per image."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
+from moe.valid_fields import CheckedFields, NonNegative
 from pipeline.algorithms.attack_objectives import (
-    check_aim,
+    AimKind,
     divergence,
     error,
     with_auxiliary_loss,
@@ -32,7 +32,7 @@ def trades_terms(state: TrainState, x_BCHW: Tensor, x_adv: Tensor, y_B: Tensor) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trades:
+class Trades(CheckedFields):
     """``min CE(f(x), y) + beta KL(f(x) || f(x'))``, x' raising the second term, over all groups.
 
     Attributes:
@@ -45,15 +45,10 @@ class Trades:
         ValueError: A setting is out of its range.
     """
 
-    beta: float = 6.0
-    aim: Literal["kl", "ce"] = "kl"
+    beta: NonNegative = 6.0
+    aim: AimKind = "kl"
     attack: Attack = PGD(start="gaussian")
     attack_auxiliary_loss: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
-        check_aim(self.aim)
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update all groups from pixels in [0, 1]; return detached losses in nats per image."""

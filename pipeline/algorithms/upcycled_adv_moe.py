@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.backbones import Backbone
 from moe.expert_pathway import fill_experts, pathway
 from moe.network import Network
+from moe.valid_fields import InsideOne, Positive
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.staged import Stage
 from pipeline.algorithms.trades import Trades
@@ -34,15 +35,8 @@ class UpcycledAdvMoE(AdvMoE):
         ValueError: A setting is out of its range.
     """
 
-    dense_share: float = 0.6
-    mixture_rate: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.dense_share < 1:
-            raise ValueError(f"dense_share must be above 0 and below 1, got {self.dense_share}")
-        if not 0 < self.mixture_rate < float("inf"):
-            raise ValueError(f"mixture_rate must be above 0, got {self.mixture_rate}")
+    dense_share: InsideOne = 0.6
+    mixture_rate: Positive = 0.3
 
     def step(self, state: TrainState, x_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
         """Update the pathway, or experts and router in turn; return losses in nats per image."""

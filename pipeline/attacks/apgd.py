@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.attacks.pgd import PGD, UNSEEDED, Draw, highest, uphill
+from moe.valid_fields import NonNegative, UpToOne, check_fields
+from pipeline.attacks.pgd import PGD, UNSEEDED, Draw, Restarts, Steps, highest, uphill
 
 MOMENTUM = 0.25  # share of the last move in the next one
 
@@ -41,17 +42,16 @@ class APGD:
         ValueError: A setting is out of its range.
     """
 
-    eps: float = 8 / 255
-    steps: int = 100
+    eps: NonNegative = 8 / 255
+    steps: Steps = 100
     norm: Literal["linf", "l2"] = "linf"
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
-    restarts: int = 1
-    rho: float = 0.75
+    restarts: Restarts = 1
+    rho: UpToOne = 0.75
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _ = self.ball
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must be in [0, 1], got {self.rho}")
 
     @property
     def ball(self) -> PGD:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from moe.valid_fields import NonNegative, Within, check_fields
+
+Steps = Annotated[int, Within(0, 10_000, meant="more of them break no further image")]
+Restarts = Annotated[int, Within(1, 1_000)]
 
 TINY = 1e-12  # keeps the direction of a zero gradient finite
 
@@ -55,23 +60,21 @@ class PGD:
         ValueError: A setting is out of its range.
     """
 
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    steps: int = 10
+    eps: NonNegative = 8 / 255
+    step_size: NonNegative = 2 / 255
+    steps: Steps = 10
     norm: Literal["linf", "l2"] = "linf"
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
-    restarts: int = 1
+    restarts: Restarts = 1
 
     def __post_init__(self) -> None:
-        for name in ("eps", "step_size", "steps"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        if self.restarts < 1:
-            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be linf or l2, got {self.norm!r}")
-        if self.start not in ("uniform", "gaussian", "clean"):
-            raise ValueError(f"start must be uniform, gaussian or clean, got {self.start!r}")
+        check_fields(self)
+        for name in ("eps", "step_size"):
+            if self.norm == "linf" and (value := getattr(self, name)) > 1:
+                raise ValueError(
+                    f"{name} must be from 0 to 1, since pixels are, got {value:g}"
+                    f"; {value:g}/255 was probably meant"
+                )
 
     def __call__(
         self, objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, noise: Draw = UNSEEDED

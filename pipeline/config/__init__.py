@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from moe.backbones import Backbone
 from moe.backbones.dual import DualNetworks
 from moe.backbones.small import Small
 from moe.backbones.vit import ViT
+from moe.valid_fields import BelowOne, Count, NonNegative, Positive, UpToOne, Whole, check_fields
 from pipeline.algorithms import Algorithm
 from pipeline.algorithms.adv_moe import AdvMoE
 from pipeline.algorithms.jtdmoe import JTDMoE
@@ -112,39 +113,39 @@ class Config:
     backbone: Backbone = Small()
     algorithm: Algorithm = AdvMoE()
     evaluation: Evaluation = Evaluation()
-    epochs: int = 100
-    batch_size: int = 128
+    epochs: Count = 100
+    batch_size: Count = 128
     workers: int | Elastic = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    lr: float = 0.1
-    router_lr: float | None = None
+    momentum: BelowOne = 0.9
+    weight_decay: NonNegative = 5e-4
+    lr: Positive = 0.1
+    router_lr: Positive | None = None
     schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
     router_schedule: Literal["cosine", "cyclic", "triangular", "constant"] = "cosine"
-    warmup_epochs: float = 0.0
-    ema_decay: float = 0.0
-    awp_gamma: float = 0.0
-    awp_warmup: float = 0.0
-    label_smoothing: float = 0.0
-    clip_norm: float = 0.0
-    norm_bound: float = 0.0
+    warmup_epochs: NonNegative = 0.0
+    ema_decay: BelowOne = 0.0
+    awp_gamma: NonNegative = 0.0
+    awp_warmup: NonNegative = 0.0
+    label_smoothing: BelowOne = 0.0
+    clip_norm: NonNegative = 0.0
+    norm_bound: NonNegative = 0.0
     augmentation: Literal["none", "randaugment"] = "none"
-    cutmix: float = 0.0
+    cutmix: UpToOne = 0.0
     upcycle: str = ""
     upcycle_sha256: str = ""
-    seed: int = 0
-    checkpoint_steps: int = 0
+    seed: Whole = 0
+    checkpoint_steps: Whole = 0
     storage: str = "runs"
     tracking_uri: str = ""
     experiment: str = "robust-moe"
     name: str = "run"
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "workers"):
-            if (value := getattr(self, key)) < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+        check_fields(self)
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
         if any(self.batch_size % count for count in ends(self.workers)):
             raise ValueError(
                 f"batch_size must be a multiple of workers ({self.workers}), got {self.batch_size}"
@@ -161,29 +162,29 @@ class Config:
                 with weights.open("rb") as opened:
                     found = hashlib.file_digest(opened, "sha256").hexdigest()
                 object.__setattr__(self, "upcycle_sha256", found)
-        self._check_rates()
+        self._check_attacks()
         self._check_recipe()
         self._check_words()
 
-    def _check_rates(self) -> None:
-        for key in ("lr", "router_lr"):
-            if (value := getattr(self, key)) is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{key} must be above 0, got {value}")
-        for key in ("momentum", "weight_decay", "warmup_epochs", "checkpoint_steps", "seed"):
-            if not (value := getattr(self, key)) >= 0:
-                raise ValueError(f"{key} must be at least 0, got {value}")
-        if self.momentum >= 1:
-            raise ValueError(f"momentum must be below 1, got {self.momentum}")
+    def _check_attacks(self) -> None:
+        grey = math.sqrt(3) * self.dataset.image_size / 2  # turns every image into mid-grey
+        attack = getattr(self.algorithm, "attack", None)
+        for key, ball in (("evaluation", self.evaluation), ("algorithm.attack", attack)):
+            if ball is None:
+                continue
+            if getattr(ball, "step_size", 1.0) == 0 < min(ball.eps, ball.steps):
+                raise ValueError(
+                    f"{key}.step_size must be above 0 with eps above 0 and steps={ball.steps}, "
+                    "got 0: no image would move from its start"
+                )
+            if ball.norm == "l2" and ball.eps > grey:
+                raise ValueError(
+                    f"{key}.eps must be at most {grey:.4g} in L2, which turns every image of "
+                    f"{self.dataset.image_size} px into mid-grey, got {ball.eps:g}; "
+                    f"{ball.eps:g}/255 was probably meant"
+                )
 
     def _check_recipe(self) -> None:
-        for key in ("ema_decay", "label_smoothing"):
-            if not 0 <= (value := getattr(self, key)) < 1:
-                raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
-        for key in ("awp_gamma", "awp_warmup", "clip_norm", "norm_bound"):
-            if not 0 <= (value := getattr(self, key)) < float("inf"):
-                raise ValueError(f"{key} must be at least 0 and finite, got {value}")
-        if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"cutmix must be from 0 to 1, got {self.cutmix}")
         if self.cutmix and any(self.batch_size % (2 * n) for n in ends(self.workers)):  # pairs
             raise ValueError(
                 f"batch_size must be a multiple of {2 * int(self.workers)} for cutmix on "
@@ -191,10 +192,6 @@ class Config:
             )
 
     def _check_words(self) -> None:
-        for key in ("precision", "optimizer", "schedule", "router_schedule", "augmentation"):
-            valid = typing.get_args(typing.get_type_hints(Config)[key])
-            if (value := getattr(self, key)) not in valid:
-                raise ValueError(f"{key} must be one of {', '.join(valid)}, got {value!r}")
         for key in ("name", "experiment"):
             value = getattr(self, key)
             if not value or value.startswith(".") or set(value) & set("/\\\0"):

@@ -117,7 +117,8 @@ def parse(key: str, value: Any, hint: Any) -> Any:
     Raises:
         ValueError: It is not of that type; the message names the key, the value and what is valid.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     if types.NoneType in options:
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None

@@ -6,8 +6,8 @@ Both are described in A. Krizhevsky, "Learning Multiple Layers of Features from 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.data.splits import Splits
-from pipeline.data.stored_dataset import check_small, load_small
+from moe.valid_fields import Whole
+from pipeline.data.stored_dataset import StoredDataset
 
 SUPERCLASS = (
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
@@ -21,74 +21,23 @@ ANIMALS_FIRST = (8, 11, 12, 16, 0, 1, 15, 13, 7, 14, 17, 2, 4, 10, 9, 18, 19, 3,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10:
-    """32 x 32 colour photographs of ten kinds of animals and vehicles.
+class Cifar10(StoredDataset):
+    """32 x 32 colour photographs of ten kinds of animals and vehicles."""
 
-    Attributes:
-        path: Folder with ``train-*.parquet`` and ``test-*.parquet``; empty:
-            ``$ROBUST_MOE_DATA/cifar10``.
-        train_images, test_images: Size of a class-balanced subset; None: all.
-        validation: Fraction of the train images that is kept apart, in (0, 0.5].
-        pad, flip: Augmentation: border of the random crop in pixels, and mirroring or not.
-
-    Raises:
-        ValueError: A setting is outside its range.
-    """
-
-    path: str = ""
-    train_images: int | None = None
-    test_images: int | None = None
-    validation: float = 0.1
-    pad: int = 4
-    flip: bool = True
+    pad: Whole = 4
     num_classes: ClassVar[int] = 10
     image_size: ClassVar[int] = 32
-    any_size: ClassVar[bool] = False
     folder: ClassVar[str] = "cifar10"
-    label_column: ClassVar[str] = "label"
-    split_names: ClassVar[tuple[str, str]] = ("train", "test")
     groups: ClassVar[tuple[int, ...]] = (0, 0, 1, 1, 1, 1, 1, 1, 0, 0)  # vehicles, animals
-
-    def __post_init__(self) -> None:
-        check_small(self)
-
-    def load(self, seed: int) -> Splits:
-        """Read and split the images; ``seed`` draws the subsets and the validation split."""
-        return load_small(self, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar100:
-    """32 x 32 colour photographs of a hundred kinds of things: the fine labels of CIFAR-100.
+class Cifar100(StoredDataset):
+    """32 x 32 colour photographs of a hundred kinds of things: the fine labels of CIFAR-100."""
 
-    Attributes:
-        path: Folder with ``train-*.parquet`` and ``test-*.parquet``; empty:
-            ``$ROBUST_MOE_DATA/cifar100``.
-        train_images, test_images: Size of a class-balanced subset; None: all.
-        validation: Fraction of the train images that is kept apart, in (0, 0.5].
-        pad, flip: Augmentation: border of the random crop in pixels, and mirroring or not.
-
-    Raises:
-        ValueError: A setting is outside its range.
-    """
-
-    path: str = ""
-    train_images: int | None = None
-    test_images: int | None = None
-    validation: float = 0.1
-    pad: int = 4
-    flip: bool = True
+    pad: Whole = 4
     num_classes: ClassVar[int] = 100
     image_size: ClassVar[int] = 32
-    any_size: ClassVar[bool] = False
     folder: ClassVar[str] = "cifar100"
     label_column: ClassVar[str] = "fine_label"
-    split_names: ClassVar[tuple[str, str]] = ("train", "test")
     groups: ClassVar[tuple[int, ...]] = tuple(ANIMALS_FIRST.index(s) for s in SUPERCLASS)
-
-    def __post_init__(self) -> None:
-        check_small(self)
-
-    def load(self, seed: int) -> Splits:
-        """Read and split the images; ``seed`` draws the subsets and the validation split."""
-        return load_small(self, seed)

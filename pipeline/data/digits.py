@@ -7,11 +7,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from pipeline.data.splits import Images, Splits, check_settings, make_splits, stratified_split
+from pipeline.data.splits import Images, Splits, make_splits, stratified_split
+from pipeline.data.stored_dataset import SplitSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits:
+class Digits(SplitSettings):
     """8 x 8 images of ten digits, grey repeated to three channels.
 
     The data are the test part of the UCI set "Optical Recognition of Handwritten Digits", with
@@ -21,29 +22,15 @@ class Digits:
     Attributes:
         path: Not used: scikit-learn carries the images.
         train_images, test_images: Size of a class-balanced subset; None: all 1,438 and 359.
-        validation: Fraction of the train images that is kept apart, in (0, 0.5].
         pad, flip: Off: shifted by a pixel or mirrored, these are other digits.
 
     Raises:
         ValueError: A setting is outside its range.
     """
 
-    path: str = ""
-    train_images: int | None = None
-    test_images: int | None = None
-    validation: float = 0.1
-    pad: int = 0
     flip: bool = False
     num_classes: ClassVar[int] = 10
     image_size: ClassVar[int] = 8
-
-    def __post_init__(self) -> None:
-        check_settings(
-            validation=self.validation,
-            train_images=self.train_images,
-            test_images=self.test_images,
-            pad=self.pad,
-        )
 
     def load(self, seed: int) -> Splits:
         """Read and split the images; ``seed`` draws the subsets and the validation split."""

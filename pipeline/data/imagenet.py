@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.data.splits import Images, Splits, check_settings, choose, hold_out, locate
+from moe.valid_fields import Within
+from pipeline.data.splits import Images, Splits, choose, hold_out, locate
+from pipeline.data.stored_dataset import SplitSettings
 
 if TYPE_CHECKING:
     from pipeline.data.files import Place
@@ -25,7 +27,7 @@ STAND_INS = ("imagenette",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageNet:
+class ImageNet(SplitSettings):
     """Photographs of a thousand kinds of things, of any size: random crops, tested on the centre.
 
     Training images are read again each epoch and never held, see ``streaming.py``. The validation
@@ -38,8 +40,6 @@ class ImageNet:
         variant: ``imagenet``, or a small set with its thousand labels: ``imagenette`` (10 classes)
             or ``imagenet-sample``. ``auto``: ``imagenet``, or ``imagenette`` where that is not
             there, with a warning.
-        train_images, test_images: Size of a class-balanced subset; None: all.
-        validation: Fraction of the train images that is kept apart, in (0, 0.5].
         test_fraction: Of a set without a test split: the fraction of its train images that is the
             test split, always the same ones, in [0, 0.5]; 0: such a set is an error.
         pad, flip: Augmentation after the random crop: border of a shift in pixels, and mirroring.
@@ -52,36 +52,17 @@ class ImageNet:
         ValueError: A setting is outside its range.
     """
 
-    path: str = ""
     variant: Literal["auto", "imagenet", "imagenette", "imagenet-sample"] = "auto"
-    train_images: int | None = None
-    test_images: int | None = None
-    validation: float = 0.01
-    test_fraction: float = 0.0
-    pad: int = 0
-    flip: bool = True
-    image_size: int = 224
-    min_area: float = 0.08
+    validation: Annotated[float, Within(0, 0.5, above=True)] = 0.01
+    test_fraction: Annotated[float, Within(0, 0.5)] = 0.0
+    image_size: Annotated[int, Within(16, 1024)] = 224
+    min_area: Annotated[float, Within(0, 1, above=True)] = 0.08
     reader: Literal["auto", "ray", "threads"] = "auto"
     num_classes: ClassVar[int] = 1000
     any_size: ClassVar[bool] = True
     folder: ClassVar[str] = "imagenet"
     label_column: ClassVar[str] = "label"
     split_names: ClassVar[tuple[str, str]] = ("train", "validation")
-
-    def __post_init__(self) -> None:
-        check_settings(
-            validation=self.validation,
-            train_images=self.train_images,
-            test_images=self.test_images,
-            pad=self.pad,
-        )
-        if not 0 <= self.test_fraction <= 0.5:
-            raise ValueError(f"test_fraction must be in [0, 0.5], got {self.test_fraction}")
-        if not 16 <= self.image_size <= 1024:
-            raise ValueError(f"image_size must be in 16..1024, got {self.image_size}")
-        if not 0 < self.min_area <= 1:
-            raise ValueError(f"min_area must be in (0, 1], got {self.min_area}")
 
     def load(self, seed: int) -> Splits:
         """Index the images, and decode those of validation and test where they are not cached.

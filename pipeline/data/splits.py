@@ -94,23 +94,6 @@ class Splits:
     class_names: tuple[str, ...]
 
 
-def check_settings(
-    *, validation: float, train_images: int | None, test_images: int | None, pad: int
-) -> None:
-    """Check the fields that all datasets share.
-
-    Raises:
-        ValueError: A setting is outside its range.
-    """
-    if not 0 < validation <= 0.5:
-        raise ValueError(f"validation must be in (0, 0.5], got {validation}")
-    for name, count in (("train_images", train_images), ("test_images", test_images)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if pad < 0:
-        raise ValueError(f"pad must be at least 0, got {pad}")
-
-
 def locate(path: str, name: str) -> Place:
     """Name a dataset's folder: ``path``, or else ``name`` in ``$ROBUST_MOE_DATA`` or ``data``.
 

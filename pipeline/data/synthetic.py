@@ -2,16 +2,19 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.splits import Images, Splits, check_settings, make_splits, stream
+from moe.valid_fields import Within
+from pipeline.data.splits import Images, Splits, make_splits, stream
+from pipeline.data.stored_dataset import SplitSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic:
+class Synthetic(SplitSettings):
     """A smooth random pattern for each class, plus noise.
 
     The images follow from ``classes`` and ``size`` alone, so that runs with different seeds are
@@ -20,8 +23,6 @@ class Synthetic:
     Attributes:
         path: Not used: the images are made in memory.
         train_images, test_images: How many images to make; None: 512 and 128.
-        validation: Fraction of the train images that is kept apart, in (0, 0.5].
-        pad, flip: Augmentation: border of the random crop in pixels, and mirroring or not.
         classes: Number of classes, at least 2.
         size: Pixels per side, at least 4.
 
@@ -29,26 +30,9 @@ class Synthetic:
         ValueError: A setting is outside its range.
     """
 
-    path: str = ""
-    train_images: int | None = None
-    test_images: int | None = None
-    validation: float = 0.1
-    pad: int = 0
     flip: bool = False
-    classes: int = 10
-    size: int = 32
-
-    def __post_init__(self) -> None:
-        check_settings(
-            validation=self.validation,
-            train_images=self.train_images,
-            test_images=self.test_images,
-            pad=self.pad,
-        )
-        if self.classes < 2:
-            raise ValueError(f"classes must be at least 2, got {self.classes}")
-        if self.size < 4:
-            raise ValueError(f"size must be at least 4, got {self.size}")
+    classes: Annotated[int, Within(2)] = 10
+    size: Annotated[int, Within(4)] = 32
 
     @property
     def num_classes(self) -> int:

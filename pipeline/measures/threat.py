@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe.valid_fields import Count, check_fields
 from pipeline.attacks.pgd import PGD
 
 
@@ -25,14 +26,12 @@ class Evaluation:
     eps: float = 8 / 255
     step_size: float = 2 / 255
     norm: Literal["linf", "l2"] = "linf"
-    steps: int = 50
+    steps: Count = 50
     restarts: int = 1
-    validation_steps: int = 10
+    validation_steps: Count = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "validation_steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_fields(self)
         self.attack(self.steps)
 
     def attack(self, steps: int) -> PGD:

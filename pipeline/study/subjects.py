@@ -16,6 +16,7 @@ from moe.mixture_of_networks import Mixture
 from moe.network import Network
 from moe.routing import best
 from moe.token_network import TokenNetwork
+from moe.valid_fields import Count, check_fields
 from pipeline.attacks.apgd import APGD
 from pipeline.attacks.pgd import PGD
 from pipeline.config import Config
@@ -45,22 +46,18 @@ class StudySettings:
         seed: Of random choices.
     """
 
-    images: int = 500
+    images: Count = 500
     eps: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    steps: int = 40
+    steps: Count = 40
     attack: Literal["clipped", "released"] = "clipped"
-    seeds: int = 1
+    seeds: Count = 1
     num_experts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     top_k: tuple[int, ...] = (1, 2)
     preset: str = "vmoe_cifar10_small"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "steps", "seeds"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.attack not in ("clipped", "released"):
-            raise ValueError(f"attack must be clipped or released, got {self.attack!r}")
+        check_fields(self)
         if not self.eps or min(self.eps) < 0:
             raise ValueError(f"eps must be one or more numbers of at least 0, got {self.eps}")
 

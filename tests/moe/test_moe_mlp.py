@@ -244,8 +244,8 @@ def test_grouped_products_equal_the_loop(device: str) -> None:
     [
         ({"num_experts": 4, "top_k": 5}, r"top_k must be from 1 to num_experts \(4\), got 5"),
         ({"num_experts": 4, "renormalize": True}, "top_k must be at least 2 with renormalize"),
-        ({"num_experts": 4, "router": "hash"}, "router must be one of top_k, expert_choice, soft"),
-        ({"num_experts": 4, "capacity": -1.0}, "capacity must be at least 0 and finite, got -1"),
+        ({"num_experts": 4, "router": "hash"}, "router must be top_k, expert_choice or soft"),
+        ({"num_experts": 4, "capacity": -1.0}, "capacity must be at least 0, got -1"),
         ({"num_experts": 4, "group": 0}, "group must be at least 1, got 0"),
     ],
 )

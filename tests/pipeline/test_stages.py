@@ -116,7 +116,7 @@ def test_algorithm_without_stages_follows_the_run() -> None:
             r"score must be below 0\.4, what pretrain leaves of the run, got 0\.4",
         ),
         ({"score_rate": 0.0}, r"score_rate must be above 0, got 0\.0"),
-        ({"tune_rate": float("inf")}, "tune_rate must be above 0, got inf"),
+        ({"tune_rate": float("inf")}, "tune_rate must be above 0 and finite, got inf"),
         ({"aim": "dlr"}, "aim must be kl or ce, got 'dlr'"),
     ],
 )

@@ -168,7 +168,7 @@ def test_two_minibatches_share_the_images_out(
     ("settings", "message"),
     [
         ({"beta": -1.0}, r"beta must be at least 0, got -1\.0"),
-        ({"alpha": float("nan")}, "alpha must be at least 0, got nan"),
+        ({"alpha": float("nan")}, "alpha must be at least 0 and finite, got nan"),
         ({"router_loss": "none"}, "router_loss must be trades or pseudo_label, got 'none'"),
         ({"aim": "dlr"}, "aim must be kl or ce, got 'dlr'"),
         ({"minibatches": "three"}, "minibatches must be one or two, got 'three'"),

@@ -211,12 +211,12 @@ def test_objective_without_one_value_an_image_is_refused() -> None:
     ("settings", "message"),
     [
         ({"eps": -0.1}, r"eps must be at least 0, got -0\.1"),
-        ({"steps": -1}, "steps must be at least 0, got -1"),
-        ({"restarts": 0}, "restarts must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be from 0 to 10000, got -1"),
+        ({"restarts": 0}, "restarts must be from 1 to 1000, got 0"),
         ({"norm": "l1"}, "norm must be linf or l2, got 'l1'"),
         ({"start": "far"}, "start must be uniform, gaussian or clean, got 'far'"),
-        ({"rho": 1.5}, r"rho must be in \[0, 1\], got 1\.5"),
-        ({"rho": math.nan}, r"rho must be in \[0, 1\], got nan"),
+        ({"rho": 1.5}, r"rho must be from 0 to 1, got 1\.5"),
+        ({"rho": math.nan}, r"rho must be from 0 to 1, got nan"),
     ],
 )
 def test_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:

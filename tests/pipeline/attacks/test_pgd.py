@@ -83,7 +83,8 @@ def test_images_stay_in_the_ball_and_in_the_range(norm: Any, start: Any) -> None
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_unbounded_attack_is_bounded_by_the_range_alone(norm: Any) -> None:
-    attack = PGD(eps=1e6, step_size=100.0, steps=20, norm=norm)
+    far = {"linf": 1.0, "l2": 1e6}[norm]
+    attack = PGD(eps=far, step_size=far / 10, steps=20, norm=norm)
     found = attack(linear(weights()), images(3), noise())
     assert found.min() >= 0
     assert found.max() <= 1
@@ -247,10 +248,14 @@ def test_attack_raises_the_loss_of_a_network(small: Network) -> None:
     ("settings", "message"),
     [
         ({"eps": -0.1}, r"eps must be at least 0, got -0\.1"),
-        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
+        ({"eps": float("nan")}, "eps must be at least 0 and finite, got nan"),
         ({"step_size": -1.0}, r"step_size must be at least 0, got -1\.0"),
-        ({"steps": -1}, "steps must be at least 0, got -1"),
-        ({"restarts": 0}, "restarts must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be from 0 to 10000, got -1"),
+        ({"eps": 8.0}, r"eps must be from 0 to 1, .*, got 8; 8/255 was probably meant"),
+        ({"eps": float("inf"), "norm": "l2"}, "eps must be at least 0 and finite, got inf"),
+        ({"step_size": 2.0}, r"step_size must be from 0 to 1, .*, got 2; 2/255 was probably meant"),
+        ({"steps": 10**6}, r"steps must be from 0 to 10000, got 1000000; .* no further image"),
+        ({"restarts": 0}, "restarts must be from 1 to 1000, got 0"),
         ({"norm": "l1"}, "norm must be linf or l2, got 'l1'"),
         ({"start": "far"}, "start must be uniform, gaussian or clean, got 'far'"),
     ],

@@ -182,15 +182,23 @@ def test_unknown_key_is_refused_with_the_nearest_ones(key: str, known: str) -> N
         ("backbone.ratio", "1.5", "at most 1"),
         ("algorithm.beta", "-1", "at least 0"),
         ("algorithm.attack.eps", "-1", "at least 0"),
+        ("algorithm.attack.eps", "8", "8/255 was probably meant"),
+        ("algorithm.attack.step_size", "0", "no image would move"),
+        ("algorithm.attack.step_size", "inf", "finite"),
+        ("algorithm.attack.steps", "1000000", "from 0 to 10000"),
+        ("algorithm.beta", "inf", "finite"),
+        ("evaluation.eps", "8", "8/255 was probably meant"),
+        ("evaluation.step_size", "0", "no image would move"),
         ("dataset.validation", "0.9", "0.5"),
+        ("dataset.pad", "50", "at most 4, half of an image's side"),
         ("name", "a/b", "without /"),
         ("name", "", "without /"),
         ("ema_decay", "1", "at least 0 and below 1"),
         ("ema_decay", "-0.1", "at least 0 and below 1"),
         ("label_smoothing", "nan", "at least 0 and below 1"),
-        ("awp_gamma", "-0.01", "at least 0 and finite"),
+        ("awp_gamma", "-0.01", "at least 0"),
         ("awp_warmup", "inf", "at least 0 and finite"),
-        ("clip_norm", "-1.0", "at least 0 and finite"),
+        ("clip_norm", "-1.0", "at least 0"),
         ("augmentation", "autoaugment", "none, randaugment"),
         ("cutmix", "1.5", "from 0 to 1"),
         ("workers", "3", "batch_size must be a multiple of workers (3)"),
@@ -206,6 +214,12 @@ def test_bad_value_is_refused_with_key_value_and_what_is_valid(
     assert valid in said
     assert str(value) in said
     assert "\n" not in said
+
+
+def test_l2_radius_that_reaches_grey_is_refused_by_the_size_of_the_images() -> None:
+    override(Config(), {"evaluation.norm": "l2", "evaluation.eps": "3"})
+    with pytest.raises(ValueError, match=r"evaluation.eps must be at most 6\.928 .* 128/255 was"):
+        override(Config(), {"evaluation.norm": "l2", "evaluation.eps": "128"})
 
 
 @pytest.mark.parametrize("registry", ["dataset", "backbone", "algorithm", "algorithm.attack"])

@@ -38,8 +38,8 @@ def test_every_dataset_is_frozen_and_has_the_shared_fields(name: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"validation": 0.0}, r"validation must be in \(0, 0\.5\], got 0\.0"),
-        ({"validation": 0.6}, r"validation must be in \(0, 0\.5\], got 0\.6"),
+        ({"validation": 0.0}, r"validation must be above 0 and at most 0\.5, got 0\.0"),
+        ({"validation": 0.6}, r"validation must be above 0 and at most 0\.5, got 0\.6"),
         ({"train_images": 0}, "train_images must be at least 1, got 0"),
         ({"test_images": -2}, "test_images must be at least 1, got -2"),
         ({"pad": -1}, "pad must be at least 0, got -1"),
