@@ -45,8 +45,11 @@ class ExportedModel:
 
     def __init__(self, folder: str | Path, form: str = ""):
         folder = Path(folder)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        forms = self.config["forms"]
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+            forms = self.config["forms"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} is no exported model: config.json: {error!r}") from None
         self.form = form or next(iter(forms))
         if self.form not in forms:
             raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")

@@ -175,8 +175,19 @@ def prune(root: Path, keep: int) -> None:
 
 
 def load_config(folder: str | Path) -> Config:
-    """Read the config of a checkpoint."""
-    flat = json.loads((Path(folder) / "config.json").read_text())
+    """Read the config of a checkpoint.
+
+    Raises:
+        CheckpointError: ``config.json`` is missing, or is not what was written.
+        ValueError: A setting is none that this version knows.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        flat = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from None
+    if not isinstance(flat, dict):
+        raise CheckpointError(f"{file} is damaged: it holds a {type(flat).__name__}")
     return read(flat)
 
 

@@ -1,6 +1,7 @@
 """Imports point one way, nothing imports a command, and heavy packages stay in their rooms."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,29 @@ def test_package_stays_in_its_rooms(file: Path, package: str) -> None:
 def test_mlflow_and_optional_packages_are_imported_where_they_are_used(file: Path) -> None:
     at_once = {name.partition(".")[0] for name, at_once in imports(file) if at_once}
     assert not at_once & {"mlflow", "matplotlib", "safetensors", "sklearn"}
+
+
+ONE_PLACE = {
+    r"[\"']sqlite:///[\"'{]|\.as_uri\(\)": ("tracking.database_file", "tracking.client"),
+    r"json\.loads?\(.*read": ("checkpoint", "sweep.trials", "grid.cell_process"),
+    r"dataset_sha256\W+[!=]=|[!=]= .*dataset_sha256": ("data.identity",),
+    r"class_names [!=]=|[!=]= .*class_names": ("data.class_names",),
+    r"getexif|exif_transpose\(": ("data.decode",),
+    r"ray\.init\(": ("distributed.cluster", "distributed.preflight"),
+    r"\bload_file\(|safe_open\(": ("checkpoint", "export.hub_model"),  # of files that we wrote
+}
+"""What was wrong in many places once is done in one: nobody can forget it in the next."""
+
+
+@pytest.mark.parametrize("pattern", ONE_PLACE)
+def test_what_was_wrong_in_many_places_is_done_in_one(pattern: str) -> None:
+    found = {
+        room(file): line.strip()
+        for file in modules("pipeline")
+        for line in file.read_text("utf-8").splitlines()
+        if re.search(pattern, line)
+    }
+    assert set(found) <= set(ONE_PLACE[pattern]), found
 
 
 def test_no_two_modules_import_each_other() -> None:

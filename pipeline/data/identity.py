@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,32 @@ def check_same_data(what: str, then: str | None, now: str) -> None:
             "name= or experiment= of their own, point ROBUST_MOE_DATA or dataset.path to the data "
             "of then, or start over with --fresh"
         )
+
+
+def check_data_of(what: str, then: str | None, dataset: Dataset, say: Callable[[str], None]) -> str:
+    """Compare the data of a record with those that are there now, and return the sha256 of these.
+
+    Where a comparison is not possible, a line says so: the record may be older than its hash, and
+    finished numbers are worth showing where their data are not.
+
+    Args:
+        what, then: As of ``check_same_data``.
+        say: Takes the line.
+
+    Raises:
+        OtherDataError: They differ.
+    """
+    if not then:
+        say(f"warning: {what} does not say what data it saw: it is taken for the data of now")
+    try:
+        now = data_sha256(dataset)
+    except ValueError as error:
+        if not then:
+            raise
+        say(f"warning: whether {what} saw these data cannot be seen: {error}")
+        return then
+    check_same_data(what, then, now)
+    return now
 
 
 def data_sha256(dataset: Dataset) -> str:

@@ -134,9 +134,10 @@ def class_names(file: Place, label: str) -> tuple[str, ...]:
     with open_parquet(file) as opened:
         metadata = (opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
-        return tuple(json.loads(metadata)["info"]["features"][label]["names"])
+        names = json.loads(metadata)["info"]["features"][label]["names"]
     except (ValueError, KeyError, TypeError):
         return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def names_of_classes(files: Sequence[Place], label: str, num_classes: int) -> tuple[str, ...]:

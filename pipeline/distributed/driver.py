@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.cli.arguments import PREEMPTED, fail
 from pipeline.cli.console import Follower
 from pipeline.config import Config
-from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.data.identity import check_data_of
 from pipeline.distributed.address import check_address
 from pipeline.distributed.cluster import ray_cluster, stoppable
 from pipeline.distributed.events import delivering
@@ -20,7 +20,7 @@ from pipeline.storage.run_folder import check_lasting, owned, run_folder, set_as
 from pipeline.storage.sync import restore
 from pipeline.tracking import OutageError, Tracker, send_rest, strictly
 from pipeline.tracking.open_run import open_run
-from pipeline.tracking.state_file import read_state
+from pipeline.tracking.state_file import RESULT, read_state
 
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -66,9 +66,10 @@ def train_alone(
     folder = run_folder(config)
     if fresh and (old := set_aside(folder)):
         follower.say(f"the earlier run is kept in {shown(old)}")
-    result = read_state(folder / "result.json", ("metrics", "run_id", "ui"), follower.say)
+    result = read_state(folder / "result.json", RESULT, follower.say)
     if result is not None:
-        check_finished(config, result, follower)
+        what = f"{config.name}, which is finished,"
+        check_data_of(what, result.get("dataset_sha256"), config.dataset, follower.say)
         sent = send_rest(folder, config.tracking_uri)
         if strict and not sent:
             return fail(f"MLflow lacks the end of {config.name}; the same command sends it", 1)
@@ -89,20 +90,6 @@ def train_alone(
     }
     tracker = open_run(config, folder, {**own, **tags}, strict)
     return follow(config, folder, tracker, follower, splits.sha256)
-
-
-def check_finished(config: Config, result: Mapping[str, Any], follower: Follower) -> None:
-    """Refuse to show a finished run's numbers for other data than it was trained on.
-
-    Raises:
-        OtherDataError: The data that are there now have another sha256.
-    """
-    try:
-        now = data_sha256(config.dataset)
-    except ValueError as error:
-        follower.say(f"warning: whether these are the run's data cannot be seen: {error}")
-        return
-    check_same_data(f"{config.name}, which is finished,", result.get("dataset_sha256"), now)
 
 
 def follow(config: Config, folder: Path, tracker: Tracker, follower: Follower, sha256: str) -> int:

@@ -167,8 +167,8 @@ def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
 
 def load_forms(folder: Path) -> list[ExportedModel]:
     """Load each form of an exported folder."""
-    forms = json.loads((folder / "config.json").read_text("utf-8"))["forms"]
-    return [ExportedModel(folder, form) for form in forms]
+    first = ExportedModel(folder)
+    return [first, *(ExportedModel(folder, f) for f in first.config["forms"] if f != first.form)]
 
 
 def write_card(folder: Path, config: Config, agreement: Agreement) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from pipeline.cli.arguments import PREEMPTED
 from pipeline.config import Config
-from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.data.identity import check_data_of
 from pipeline.grid.grid_request import GridRequest
 from pipeline.storage.run_folder import run_folder
 from pipeline.tracking import end_abandoned, send_rest
 from pipeline.tracking.queries import GRID, PARENT
 from pipeline.tracking.record_log import ChildRecord, RecordLog
-from pipeline.tracking.state_file import read_state
+from pipeline.tracking.state_file import RESULT, read_state
 
 
 @dataclass(kw_only=True)
@@ -132,13 +132,10 @@ def result_of(config: Config) -> dict[str, Any] | None:
     Raises:
         OtherDataError: It was trained on other data than those that are there now.
     """
-    found: dict[str, Any] | None = read_state(
-        run_folder(config) / "result.json", ("metrics", "run_id")
-    )
-    if found is not None and (then := found.get("dataset_sha256")):
-        check_same_data(
-            f"cell {config.name}, seed {config.seed},", then, data_sha256(config.dataset)
-        )
+    found = read_state(run_folder(config) / "result.json", RESULT, print)
+    if found is not None:
+        what = f"cell {config.name}, seed {config.seed},"
+        check_data_of(what, found.get("dataset_sha256"), config.dataset, print)
     return found
 
 

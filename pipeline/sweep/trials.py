@@ -221,6 +221,8 @@ def read_plan(uri: str, run_id: str, experiment: str) -> dict[str, Any]:
             plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"sweep.json of run {run_id} is not JSON: {error}") from error
+    if not isinstance(plan, dict):
+        raise ValueError(f"sweep.json of run {run_id} must be an object, got {str(plan)[:80]}")
     missing = [key for key in ("objectives", "keys") if key not in plan]
     if missing:
         raise ValueError(f"sweep.json of run {run_id} lacks {', '.join(missing)}")

@@ -15,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+ROWS: dict[str, dict[str, type]] = {
+    "metrics": {"time_ms": int, "step": int, "values": dict},
+    "tag": {"time_ms": int, "key": str, "value": str},
+    "status": {"time_ms": int, "value": str},
+    "artifact": {"time_ms": int, "folder": str, "path": str},
+    "model": {"time_ms": int, "path": str},
+}
+"""Fields of each kind of row."""
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -135,9 +143,15 @@ def parse(line: bytes) -> Row:
     """Read one row; what a failing disk left unreadable becomes a row that nobody acts on."""
     try:
         row = json.loads(line)
-    except ValueError:
-        return {"kind": "unreadable"}
-    return row if isinstance(row, dict) and "kind" in row else {"kind": "unreadable"}
+        whole = all(type(row[name]) is kind for name, kind in ROWS[row["kind"]].items())
+        whole = whole and all(map(_is_number, row.get("values", {}).values()))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    return row if whole else {"kind": "unreadable"}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def name_for_server(key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,6 +28,7 @@ class ChildRecord:
 
 
 R = TypeVar("R", bound=ChildRecord)
+T = TypeVar("T")
 
 
 class RecordLog(Generic[R]):
@@ -73,9 +74,9 @@ class RecordLog(Generic[R]):
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, json.dumps(content, indent=1) + "\n")
 
-    def read(self) -> Any:
+    def read(self, read: Callable[[Any], T]) -> T | None:
         """Read the log's file; None without one that can be used."""
-        return read_state(self.path, kind=(dict, list), say=print)
+        return read_state(self.path, say=print, read=read)
 
     def having(self, status: str) -> list[R]:
         """List the children with a status."""

@@ -12,7 +12,7 @@ from pipeline.tracking.client import active_run, alone, experiment_id, open_clie
 from pipeline.tracking.model_logging import send_model
 from pipeline.tracking.outbox import Journal, Row, name_for_server, replace_file
 from pipeline.tracking.reasons import one_line, without_password
-from pipeline.tracking.state_file import read_state
+from pipeline.tracking.state_file import RUN, read_state
 
 LOG = logging.getLogger(__name__)
 FILES = {"artifact", "model"}  # rows that name files: these go to a store of their own
@@ -183,7 +183,7 @@ def load_info(folder: Path, uri: str, experiment: str) -> dict[str, Any]:
     where = {"tracking_uri": without_password(uri), "experiment": experiment}
     new: dict[str, Any] = {"run_id": None, "name": folder.name, "params": {}}
     new |= {"key": uuid.uuid4().hex, "start_ms": time.time_ns() // 1_000_000}
-    info: dict[str, Any] | None = read_state(folder / "run.json", ("key", "start_ms"), LOG.warning)
+    info: dict[str, Any] | None = read_state(folder / "run.json", RUN, LOG.warning)
     if info is None:
         return new | where
     if any(info.get(key) != value for key, value in where.items()):

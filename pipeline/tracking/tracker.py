@@ -1,6 +1,5 @@
 """Tracker of one run: events in, a journal on disk, and no long wait for MLflow."""
 
-import json
 import logging
 import os
 import shlex
@@ -14,6 +13,7 @@ from pipeline.tracking.database_file import to_path, to_uri
 from pipeline.tracking.model_logging import write_model
 from pipeline.tracking.outbox import Journal, SenderThread
 from pipeline.tracking.sender import RunSender, load_info
+from pipeline.tracking.state_file import read_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,8 +288,5 @@ def end_abandoned(
 def reopen(folder: Path, tracking_uri: str) -> Tracker | None:
     """Open a run of another process without a request to MLflow; None: never tracked."""
     uri = resolve_uri(tracking_uri)
-    try:
-        experiment = json.loads((folder / "run.json").read_text(encoding="utf-8"))["experiment"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    return Tracker(folder, uri, load_info(folder, uri, experiment))
+    kept = read_state(folder / "run.json", {"experiment": str}, LOG.warning)
+    return Tracker(folder, uri, load_info(folder, uri, kept["experiment"])) if kept else None

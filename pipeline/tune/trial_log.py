@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.overrides import flatten
-from pipeline.data.identity import check_same_data, data_sha256
+from pipeline.data.identity import check_data_of, data_sha256
 from pipeline.tracking import Tracker, end_abandoned, send_rest
 from pipeline.tracking.open_run import commit
 from pipeline.tracking.outbox import replace_file
@@ -52,11 +52,12 @@ class TrialLog(RecordLog[TrialRecord]):
         self.halted: dict[str, int] = {}
         self._open: dict[str, Tracker] = {}
         self._began: dict[str, float] = {}
-        self.sha256 = data_sha256(request.base.dataset)
-        if kept := self.read():
-            check_same_data(f"sweep {self.folder.name}", kept.get("dataset_sha256"), self.sha256)
-            self.entries = [TrialRecord(**entry) for entry in kept["trials"]]
-            self.reports = [(name, epoch, value) for name, epoch, value in kept["reports"]]
+        if (kept := self.read(read_trials)) is None:
+            self.sha256 = data_sha256(request.base.dataset)
+            return
+        self.entries, self.reports, then = kept
+        what = f"sweep {self.folder.name}"
+        self.sha256 = check_data_of(what, then, request.base.dataset, print)
 
     @property
     def left(self) -> int:
@@ -215,6 +216,12 @@ class TrialLog(RecordLog[TrialRecord]):
         for trial in list(self._open):
             self.end(trial, "preempted" if status == "preempted" else "failed")
         return self.close_parent(status, "trials", (*OVER, "failed"))
+
+
+def read_trials(kept: Any) -> tuple[list[TrialRecord], list[Report], str | None]:
+    """Read what ``TrialLog.write`` wrote: trials, reports, and the sha256 of the data."""
+    reports = [(str(name), int(epoch), float(value)) for name, epoch, value in kept["reports"]]
+    return [TrialRecord(**entry) for entry in kept["trials"]], reports, kept.get("dataset_sha256")
 
 
 SWEEP_JSON = ("space", "preset", "objectives", "keys", "split", "tier")

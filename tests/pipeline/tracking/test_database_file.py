@@ -10,7 +10,6 @@ from pipeline.tracking import resolve_uri
 from pipeline.tracking.client import check_database, experiment_id, open_client
 from pipeline.tracking.database_file import artifact_folder, to_path, to_uri
 from pipeline.tracking.reasons import RefusedError, reason
-from pipeline.tracking.state_file import read_state
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,18 +82,6 @@ def test_four_troubles_are_four_messages(text: str, kind: type[Exception], words
     assert words in str(found)
     assert "hunter2" not in str(found)
     assert "\n" not in str(found)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"other": 1}', b"<html>"])
-def test_state_file_of_any_other_content_is_named_and_kept(tmp_path: Path, content: bytes) -> None:
-    path, lines = tmp_path / "result.json", list[str]()
-    path.write_bytes(content)
-    assert read_state(path, ("metrics",), lines.append) is None
-    assert (tmp_path / "result.json.damaged").read_bytes() == content
-    assert "result.json cannot be used" in lines[0]
-    assert read_state(path, ("metrics",)) is None
-    path.write_text('{"metrics": {}}')
-    assert read_state(path, ("metrics",)) == {"metrics": {}}
 
 
 def test_paths_become_database_uris_in_one_place_alone() -> None:
