@@ -50,7 +50,7 @@ def finish(
 
     seed, device = seed_of(config.seed, "test"), session.device
     dense = config.backbone.num_experts == 1
-    job = main_job(config, splits.test, END, suite(config.evaluation, dense=dense))
+    job = main_job(splits.test, END, suite(config.evaluation, dense=dense))
     main = judge(
         model,
         job.images,
@@ -168,7 +168,7 @@ def tryout(
     steps = min(TIER.steps or config.evaluation.steps, config.evaluation.steps)
     threat, experts = replace(config.evaluation, steps=steps), config.backbone.num_experts
     measures = measures_of(TIER.measures, threat, num_experts=experts)
-    job, began = main_job(config, splits.validation, TIER, measures), time.monotonic()
+    job, began = main_job(splits.validation, TIER, measures), time.monotonic()
 
     def tell(done: int, of: int, measure: str) -> None:
         session.tell("judging", done=done, of=of, seconds=time.monotonic() - began)

@@ -168,6 +168,8 @@ class Follower:
         """Print the verdict, and each check that did not pass."""
         passed = sum(check.status == "pass" for check in verdict.checks)
         self.say(f"verdict: {verdict.status} ({passed} checks pass)")
+        if "unchecked" in (verdict.status, verdict.worst):
+            self.say(f"  {verdict.why or 'no black box was tried'}")
         for check in verdict.checks:
             if check.status in ("fail", "skip"):
                 self.say(f"  {check.status} {check.name}: {check.words}")

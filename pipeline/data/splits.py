@@ -189,11 +189,13 @@ def make_splits(
 ) -> Splits:
     """Take the wanted subsets, then keep a part of the train images for validation.
 
+    Those of the training images follow from the seed, those of the test images from the data alone.
+
     Raises:
         ValueError: More images are wanted than there are, or too few remain to part.
     """
     train = take(train, train_images, seed, name="train_images")
-    test = take(test, test_images, seed, name="test_images")
+    test = take(test, test_images, 0, name="test_images")  # the same for every seed
     kept, apart = hold_out(train.labels_N, validation, seed)
     return Splits(train.pick(kept), train.pick(apart), test, sha256, class_names)
 

@@ -28,6 +28,7 @@ from pipeline.measures.sanity.verdict import Verdict, decide
 from pipeline.measures.tiers import Tier
 
 FACT_IMAGES = 64
+SUBSET = 0  # seed of all subsets: models are compared on the same images
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,9 @@ class Job:
     measures: Mapping[str, Measure]
     cascade: bool = False
 
-    def few(self, count: int, measures: Mapping[str, Measure], seed: int) -> Job:
+    def few(self, count: int, measures: Mapping[str, Measure]) -> Job:
         """Make other attacks on some of the images, as even over the classes as they are."""
-        rows = torch.arange(len(self.images))
-        if count < len(rows):
-            rows = even_subset(self.images.labels_N, count, seed)
+        rows = some_rows(self.images, count)
         return Job(self.images.pick(rows), self.ids_N[rows], measures)
 
 
@@ -70,26 +69,31 @@ class Findings:
     notes: tuple[str, ...] = ()
 
 
-def main_job(config: Config, test: Images, tier: Tier, measures: Mapping[str, Measure]) -> Job:
-    """Take the images of a tier; with one seed those of a smaller tier are among them."""
-    rows = torch.arange(len(test))
-    if tier.images is not None and tier.images < len(test):
-        rows = even_subset(test.labels_N, tier.images, config.seed)
+def main_job(test: Images, tier: Tier, measures: Mapping[str, Measure]) -> Job:
+    """Take the images of a tier, the same for every seed; a smaller tier has some of them."""
+    rows = some_rows(test, len(test) if tier.images is None else tier.images)
     return Job(test.pick(rows), rows, measures)
+
+
+def some_rows(images: Images, count: int) -> Tensor:
+    """Choose images, as even over the classes as all are, by the images alone."""
+    if count >= len(images):
+        return torch.arange(len(images))
+    return even_subset(images.labels_N, count, SUBSET)
 
 
 def side_jobs(config: Config, main: Job, tier: Tier, *, curve_steps: int) -> dict[str, Job]:
     """Choose the attacks that only the checks and the curve need."""
-    threat, seed = config.evaluation, config.seed
+    threat, routed = config.evaluation, config.backbone.num_experts > 1
     pixels = main.images.pixels_NCHW[0].numel()
     found = {
         "curve": (tier.curve, over_eps(threat, curve_steps)),
-        "contrasts": (tier.probed, contrasts(threat, pixels, deep=tier.deep)),
+        "contrasts": (tier.probed, contrasts(threat, pixels, deep=tier.deep, routed=routed)),
     }
     if tier.planted:
         attack = threat.attack(threat.steps)
         found["planted"] = (tier.planted, {"planted": Planted(attack=attack)})
-    return {name: main.few(count, attacks, seed) for name, (count, attacks) in found.items()}
+    return {name: main.few(count, attacks) for name, (count, attacks) in found.items()}
 
 
 def examine(
@@ -107,6 +111,7 @@ def examine(
     found: dict[str, Tensor] = {}
     for name in ("curve", "contrasts"):
         found |= sides[name].correct if name in sides else {}
+    probed = sides["contrasts"].correct["noise"] if "contrasts" in sides else None
     planted = sides["planted"].correct["planted"] if "planted" in sides else None
     few = to_float(job.images.pixels_NCHW[:FACT_IMAGES].to(device))
     evidence = Evidence(
@@ -116,6 +121,7 @@ def examine(
         worst_N=main.worst,
         outcomes=main.outcomes,
         probes=found,
+        probed_M=None if probed is None else some_rows(job.images, len(probed)),
         planted=planted,
         facts=facts(fold(model.to(device)), few),
         reference=reference(

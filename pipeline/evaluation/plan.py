@@ -97,7 +97,7 @@ def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
     if not measures:
         names = ", ".join(measures_of(MEASURES, config.evaluation, num_experts=experts))
         raise ValueError(f"measure must be of {names} for a dense net, got others")
-    job = main_job(config, test, plan.tier, measures)
+    job = main_job(test, plan.tier, measures)
     jobs = {"main": cascaded(job) if plan.cascade else job}
     if plan.checks:
         steps = min(config.evaluation.steps, CURVE_STEPS)

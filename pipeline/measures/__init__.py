@@ -13,7 +13,10 @@ from pipeline.measures.gradient_attack import (
     WhiteBox,
     WhiteBoxMargin,
 )
+from pipeline.measures.hidden_gradients import HiddenGradients
 from pipeline.measures.noise_and_transfer import RandomNoise, Transfer
+from pipeline.measures.pixel_grid import OnGrid
+from pipeline.measures.random_queries import Queries
 from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
 from pipeline.measures.small_steps import OtherRoutes, SmallSteps
 from pipeline.measures.soft_gates import Surrogate, SurrogateAPGD
@@ -37,6 +40,9 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_aa": AutoAttack,
     "ra_aa_surrogate": AutoAttackSurrogate,
     "ra_square": Square,
+    "ra_grid": OnGrid,
+    "ra_hidden": HiddenGradients,
+    "ra_queries": Queries,
     "ra_noise": RandomNoise,
     "ra_vmoe": SmallSteps,
     "ra_other_routes": OtherRoutes,

@@ -34,6 +34,8 @@ class Measure(Protocol):
     """Settings are fields; a call attacks a frozen model (``moe.fold_batchnorm.fold``)."""
 
     def __init__(self, *, attack: PGD) -> None: ...
+    @property
+    def attack(self) -> Walker: ...
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked: ...
 
 
@@ -108,4 +110,16 @@ def break_by(
 
 
 def _bind(objective: Callable[[Tensor, Tensor], Tensor], alive_A: Tensor) -> Objective:
-    return lambda x: objective(x, alive_A)
+    """Bind an objective to rows; zero times the image keeps one without a graph from raising."""
+    return lambda x: objective(x, alive_A) + 0 * x.flatten(1).sum(1)
+
+
+def slope_of(height: Objective, x_BCHW: Tensor) -> Tensor:
+    """Return the gradient of a height, zero where nothing depends on the images."""
+    x = x_BCHW.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        found = height(x).sum()
+        if not found.requires_grad:
+            return torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(found, x, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient

@@ -11,6 +11,8 @@ from pipeline.measures.base import Attacked, break_images
 from pipeline.measures.gradient_attack import Clean
 from pipeline.optimization.losses import cross_entropy_per_image
 
+TINY, CHANGED = 1e-12, 0.25  # the lead at which a decision has changed, in deviations of the scores
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAttack:
@@ -35,18 +37,28 @@ class ExpertAttack:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterAttack:
-    """RA-R: PGD on the cross-entropy of the router against its own clean decision."""
+    """RA-R: PGD on the lead of another expert over the one that the clean image takes.
+
+    With several decisions an image, each counts by its own scale, and until it has changed.
+    """
 
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
         with torch.no_grad():
-            route = model(x_BCHW).route
-
-        def objective(x: Tensor, index: Tensor) -> Tensor:
-            return cross_entropy_per_image(model.router_scores(x), route[index])
-
+            clean = model(x_BCHW)
         before = Clean()(model, x_BCHW, y_B, noise)
         if model.num_experts == 1:  # a dense net has no router to attack
             return before
+        route_BL1 = clean.route.reshape(len(x_BCHW), -1, 1)
+        spread_BL = clean.router.reshape(*route_BL1.shape[:2], -1).std(-1).clamp(min=TINY)
+
+        def objective(x: Tensor, index: Tensor) -> Tensor:
+            scores_ALE = model.router_scores(x).reshape(len(x), *spread_BL.shape[1:], -1)
+            own_AL1 = scores_ALE.gather(2, route_BL1[index])
+            others_ALE = scores_ALE.scatter(2, route_BL1[index], -torch.inf)
+            lead_AL = (others_ALE.amax(2) - own_AL1.squeeze(2)) / spread_BL[index]
+            height_A: Tensor = lead_AL.clamp(max=CHANGED).sum(1)
+            return height_A
+
         return break_images(self.attack, model, objective, before, x_BCHW, y_B, noise)

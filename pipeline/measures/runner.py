@@ -21,6 +21,7 @@ from pipeline.measures import END_OF_RUN
 from pipeline.measures.base import Measure
 from pipeline.measures.confidence import wilson
 from pipeline.measures.outcomes import TYPES, Outcome, Store, counts, find, observe
+from pipeline.measures.pixel_grid import judged_on_grid
 from pipeline.measures.threat import Evaluation
 from pipeline.measures.tiers import measures_of
 from pipeline.seeding import ImageNoise
@@ -143,7 +144,7 @@ def judge(
         def advance(done: int, past: int = past, name: str = name) -> None:
             tell(past + done, len(measures) * len(mine_M), name)
 
-        efforts[name] = task.attack(measure, rows, outcomes[name], advance)
+        efforts[name] = task.attack(measure, rows, outcomes[name], advance, counts(name))
         ended(name, efforts[name])
         if counts(name) or name == "sa":
             standing_N[rows] &= outcomes[name].correct_N[rows]
@@ -197,8 +198,12 @@ class _Task:
         rows: Tensor,
         outcome: Outcome,
         advance: Callable[[int], None],
+        counted: bool,
     ) -> Effort:
-        """Fill in the outcome of some images: from the store where it is known, else by attack."""
+        """Fill in the outcome of some images: from the store where it is known, else by attack.
+
+        Attacks that count into the worst case are judged on 8-bit pixels as well.
+        """
         began, reused = time.monotonic(), 0
         if self.store is not None:
             known, columns = self.store.read(measure)
@@ -212,6 +217,8 @@ class _Task:
             rows_B = todo[low : low + self.size]
             ids_B, (x_BCHW, y_B) = self.ids_N[rows_B], self.batch(rows_B)
             found = measure(self.model, x_BCHW, y_B, ImageNoise(self.seed, ids_B))
+            if counted:
+                found = judged_on_grid(measure.attack, self.model, found, x_BCHW, y_B)
             columns = {k: v.cpu() for k, v in observe(self.model, x_BCHW, found).items()}
             outcome.put(rows_B, columns)
             if self.store is not None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from pipeline.config.overrides import override
 from pipeline.data.augmentation import to_float
 from pipeline.evaluation import plan
 from pipeline.measures import Transfer
+from pipeline.measures.sanity.verdict import Status
 from pipeline.presets import PRESETS
 from pipeline.seeding import ImageNoise
 
@@ -164,7 +165,7 @@ def test_repeated_evaluation_attacks_nothing_and_says_the_same(
     assert re.search(r"^ra_pgd2: all 24 outcomes are known from before$", outs[1], re.MULTILINE)
     assert re.search(r"ra_pgd2 +│ +24 │ +0 │ +[\d.]+ │ +[\d.]+", outs[0]), "seconds and images/s"
     (run,) = children(at_home)
-    assert run.data.tags["verdict"] in ("reliable", "unreliable", "implausible")
+    assert run.data.tags["verdict"] in get_args(Status)
     assert "verdict_why" in run.data.tags
     assert {"check/logits", "time/ra_pgd2", "pace/ra_pgd2"} <= run.data.metrics.keys()
     files = {file.path for file in client(at_home).list_artifacts(run.info.run_id)}

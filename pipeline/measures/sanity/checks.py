@@ -23,7 +23,8 @@ from pipeline.measures.sanity.probe_attacks import FACTORS, Facts, at_eps
 from pipeline.measures.threat import Evaluation
 
 FEW = 3  # images that a difference needs, whatever its share
-BLACK_BOX = ("ra_square", "ra_transfer")
+BLACK_BOX = ("ra_square", "ra_queries", "ra_transfer")
+UNFAITHFUL = 15.0  # points of images; honest networks have up to 3, see docs/evaluation.md
 REPEATED, BATCHED, NORMALIZED = 1e-4, 1e-2, 1e-3  # rounding of GPUs stays far below these
 
 
@@ -38,6 +39,7 @@ class Evidence:
         outcomes: By metric, all of the outcome, for the images' distances.
         probes: By name, which of the probed images stand
         (``pipeline.measures.sanity.probe_attacks``).
+        probed_M: Rows of the N images that were probed.
         planted: Where the attack missed a planted point.
         facts: Of the model's outputs.
         reference: The best public result for this size and data.
@@ -50,6 +52,7 @@ class Evidence:
     worst_N: Tensor | None = None
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     probes: Mapping[str, Tensor] = field(default_factory=dict)
+    probed_M: Tensor | None = None
     planted: Tensor | None = None
     facts: Facts | None = None
     reference: Reference | None = None
@@ -126,11 +129,31 @@ def batch(e: Evidence) -> CheckResult | None:
 
 def gradients(e: Evidence) -> CheckResult | None:
     """Input gradients of the cross-entropy are finite and not zero."""
-    if (fine := e.probes.get("gradients")) is None:
+    return _share(e, "gradients", 0.1, "input gradients are zero or not finite")
+
+
+def faithful(e: Evidence) -> CheckResult | None:
+    """The margin changes as its input gradient says, at the size of an attack's step."""
+    return _share(e, "faithful", UNFAITHFUL, "margins do not change as their gradients say")
+
+
+def router_gradient(e: Evidence) -> CheckResult | None:
+    """The router's scores have input gradients: without, no attack on routes sees where to go."""
+    words = "gaps between two experts have no input gradient: attacks on routes are blind"
+    return _share(e, "router gradient", 0.1, words)
+
+
+def router_faithful(e: Evidence) -> CheckResult | None:
+    """The gap between two experts changes as its gradient says, near a change of route too."""
+    words = "gaps between two experts do not change as their gradients say"
+    return _share(e, "router faithful", UNFAITHFUL, words)
+
+
+def _share(e: Evidence, probe: str, bound: float, words: str) -> CheckResult | None:
+    if (fine := e.probes.get(probe)) is None:
         return None
     n, bad = len(fine), int((~fine).sum())
-    text = f"{bad} of {n} input gradients are zero or not finite"
-    return CheckResult(not exceeds(bad, n, 0.1), points(bad, n), 0.1, text)
+    return CheckResult(not exceeds(bad, n, bound), points(bad, n), bound, f"{bad} of {n} {words}")
 
 
 def in_ball(e: Evidence) -> CheckResult | None:
@@ -217,15 +240,39 @@ def unbounded(e: Evidence) -> CheckResult | None:
 
 def black_box(e: Evidence) -> CheckResult | None:
     """Attacks without gradients break next to nothing that gradients do not."""
-    black = [e.correct[name] for name in BLACK_BOX if name in e.correct]
-    both = (*BLACK_BOX, "ra_aa")  # AutoAttack has a Square of its own
-    white = [hits for name, hits in e.correct.items() if counts(name) and name not in both]
-    if not black or not white:
+    black = [e.correct[name] for name in e.correct if is_black_box(name)]
+    white_N = white_box(e.correct)
+    if white_N is None:
         return None
-    black_N, white_N = torch.stack(black).all(0), torch.stack(white).all(0)
+    found = []
+    if black:
+        found.append(_beaten(white_N, torch.stack(black).all(0), "black-box attacks"))
+    if (queried_M := e.probes.get("queries")) is not None and e.probed_M is not None:
+        standing_N = white_N if e.worst_N is None else e.worst_N
+        found.append(_beaten(standing_N[e.probed_M], queried_M, "random search"))
+    return max(found, key=lambda seen: (not seen.ok, seen.value), default=None)
+
+
+def _beaten(white_N: Tensor, black_N: Tensor, who: str) -> CheckResult:
     won, n = int((white_N & ~black_N).sum()), len(white_N)
-    text = f"black-box attacks alone break {won} of {n} images"
+    text = f"{who} alone break {won} of {n} images"
     return CheckResult(not exceeds(won, n, 0.2), points(won, n), 0.2, text)
+
+
+def is_black_box(name: str) -> bool:
+    """Tell the attacks that see no gradient of the model: Square, and images of other networks."""
+    return name.startswith(BLACK_BOX)
+
+
+def white_box(correct: Mapping[str, Tensor]) -> Tensor | None:
+    """Which images stand against all attacks by the model's own gradients; None: none was made."""
+    mixed = ("ra_aa",)  # AutoAttack has a Square of its own
+    white = [
+        hits
+        for name, hits in correct.items()
+        if counts(name) and not is_black_box(name) and name not in mixed
+    ]
+    return torch.stack(white).all(0) if white else None
 
 
 def planted(e: Evidence) -> CheckResult | None:
@@ -249,7 +296,7 @@ def gap(e: Evidence) -> CheckResult | None:
     text = f"{e.plain} {shares[0]:.1f}% is {points(over, n):.1f} points above the worst case"
     text += f" {shares[1]:.1f}%"
     if exceeds(over, n, 2.0):
-        text += f": {e.plain} alone flatters this model, quote ra_worst; broken by {_who(e)}"
+        text += f": quote ra_worst; what {e.plain} leaves is broken by {_who(e)}"
     return CheckResult(not exceeds(over, n, 2.0), points(over, n), 2.0, text)
 
 

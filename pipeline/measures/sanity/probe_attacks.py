@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from moe.network import Network
 from moe.routing import Routed
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.measures.base import Attacked, Measure
+from pipeline.measures.base import Attacked, Measure, slope_of
 from pipeline.measures.gradient_attack import Clean, WhiteBox
+from pipeline.measures.random_queries import Queries
+from pipeline.measures.sanity.faithful import (
+    FaithfulLogits,
+    FaithfulRouter,
+    RouterGradient,
+)
 from pipeline.measures.threat import Evaluation
 from pipeline.optimization.losses import cross_entropy_per_image
 
@@ -41,13 +47,26 @@ def over_eps(threat: Evaluation, steps: int, make: Plain = WhiteBox) -> dict[str
     return made
 
 
+def router_probes(attack: PGD) -> dict[str, Measure]:
+    """Make the looks at a router's gradients."""
+    return {
+        "router gradient": RouterGradient(attack=attack),
+        "router faithful": FaithfulRouter(attack=attack),
+    }
+
+
 def at_eps(threat: Evaluation, factor: float) -> str:
     """Name a radius, as a part of the threat's."""
     return f"eps {factor * threat.eps:.6g}"
 
 
 def contrasts(
-    threat: Evaluation, num_pixels: int, *, deep: bool, make: Plain = WhiteBox
+    threat: Evaluation,
+    num_pixels: int,
+    *,
+    deep: bool,
+    make: Plain = WhiteBox,
+    routed: bool = False,
 ) -> dict[str, Measure]:
     """Make the attacks that the checks compare with each other, by name.
 
@@ -55,6 +74,7 @@ def contrasts(
         num_pixels: Values of one image, for the L2 radius that reaches as far as L-inf 0.5.
         deep: Whether to try four times the steps too, the dearest of them.
         make: Turns settings into the attack under suspicion.
+        routed: Whether the model has a router to look at.
     """
     attack, steps = threat.attack(threat.steps), threat.steps
     far = UNBOUNDED * (1.0 if threat.norm == "linf" else math.sqrt(num_pixels))
@@ -67,6 +87,9 @@ def contrasts(
         "noise": WhiteBox(attack=still),  # a step of zero: ten starts, each judged
         "unbounded": make(attack=replace(attack, eps=far, step_size=far / 10)),
         "gradients": Gradient(),
+        "faithful": FaithfulLogits(attack=attack),
+        "queries": Queries(attack=attack),
+        **(router_probes(attack) if routed else {}),
     }
 
 
@@ -74,12 +97,13 @@ def contrasts(
 class Gradient:
     """Whether the input gradient of the cross-entropy is finite, and not zero everywhere."""
 
+    attack: PGD = PGD()
+
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
-        x = x_BCHW.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            loss = cross_entropy_per_image(model(x).logits, y_B).sum()
-            (gradient,) = torch.autograd.grad(loss, x)
-        rows_BD = gradient.flatten(1)
+        def loss(x: Tensor) -> Tensor:
+            return cross_entropy_per_image(model(x).logits, y_B)
+
+        rows_BD = slope_of(loss, x_BCHW).flatten(1)
         return Attacked(rows_BD.isfinite().all(1) & rows_BD.ne(0).any(1), x_BCHW)
 
 

@@ -7,7 +7,7 @@ off as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,21 +33,25 @@ class Check:
 
 
 STEADY = ("deterministic", "batch")
-SOUND = ("logits", *STEADY, "gradients")
-STRONG = (*SOUND, "noise", "single_step", "black_box")
+SOUND = ("logits", *STEADY, "gradients", "faithful")
+CLIMBS = (*SOUND, "single_step", "noise")
+STRONG = (*CLIMBS, "falls_with_steps", "converged", "black_box")
 CHECKS: dict[str, tuple[Callable[[Evidence], CheckResult | None], tuple[str, ...]]] = {
     "logits": (checks.logits, ()),
     "deterministic": (checks.deterministic, ()),
     "batch": (checks.batch, ("deterministic",)),
     "gradients": (checks.gradients, ("logits", *STEADY)),
+    "faithful": (checks.faithful, ("logits", *STEADY, "gradients")),
+    "router_gradient": (checks.router_gradient, STEADY),
+    "router_faithful": (checks.router_faithful, (*STEADY, "router_gradient")),
     "in_ball": (checks.in_ball, ("gradients",)),  # a gradient of NaN makes images of NaN
     "eps_zero": (checks.eps_zero, SOUND),
     "single_step": (checks.single_step, SOUND),
     "noise": (checks.noise, (*SOUND, "single_step")),
-    "black_box": (checks.black_box, SOUND),
+    "falls_with_steps": (checks.falls_with_steps, CLIMBS),
+    "converged": (checks.converged, (*CLIMBS, "falls_with_steps")),
+    "black_box": (checks.black_box, (*CLIMBS, "falls_with_steps", "converged")),
     "falls_with_eps": (checks.falls_with_eps, (*STRONG, "eps_zero")),
-    "falls_with_steps": (checks.falls_with_steps, STRONG),
-    "converged": (checks.converged, (*STRONG, "falls_with_steps")),
     "unbounded": (checks.unbounded, STRONG),
     "planted": (checks.planted, (*STRONG, "unbounded")),
     "gap": (checks.gap, STEADY),
@@ -56,21 +60,29 @@ CHECKS: dict[str, tuple[Callable[[Evidence], CheckResult | None], tuple[str, ...
 """Each check, and the checks that it presupposes, which stand before it."""
 
 
+NEEDED = (*SOUND, "noise", "single_step")
+"""Without these no robust number is called reliable."""
+NEEDED_WORST = (*NEEDED, "black_box")
+"""Nor the worst case without these; ``router_gradient`` too where there is a router."""
+Status = Literal["reliable", "optimistic", "unreliable", "implausible", "unchecked"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the checks add up to.
 
     Attributes:
-        status: ``reliable``; ``unreliable`` if a check failed; ``implausible`` if that is the only
-            objection.
-        why: The failed checks in words, empty if there are none.
-        worst: The same for the number to quote, ``ra_worst``: the gap above it does not spoil it.
+        status: Of the plain number: ``reliable``; ``optimistic`` if stronger attacks lower it, and
+            nothing else is wrong; ``unreliable`` if a check failed; ``implausible`` if that is the
+            only objection; ``unchecked`` if one that it needs was not made.
+        why: The failed or missing checks in words, empty if there are none.
+        worst: The same for the number to quote, ``ra_worst``, which the gap does not spoil.
     """
 
     checks: tuple[Check, ...]
-    status: Literal["reliable", "unreliable", "implausible"]
+    status: Status
     why: str
-    worst: Literal["reliable", "unreliable", "implausible"]
+    worst: Status
 
     @property
     def text(self) -> str:
@@ -99,11 +111,20 @@ def decide(evidence: Evidence) -> Verdict:
         failed |= set() if seen.ok else {name}
         status: Literal["pass", "fail"] = "pass" if seen.ok else "fail"
         made.append(Check(name, status, seen.words, seen.value, seen.bound))
+    missing = {check.name for check in made if check.status == "none"}
+    worst = _status(failed - {"gap"}, [name for name in NEEDED_WORST if name in missing])
+    lacks = [name for name in NEEDED if name in missing]
     why = "; ".join(f"{c.name}: {c.words}" for c in made if c.status == "fail")
-    return Verdict(tuple(made), _status(failed), why, _status(failed - {"gap"}))
+    if not failed - {"gap"} and lacks:
+        why = "; ".join([*([why] if why else []), f"not looked at: {', '.join(lacks)}"])
+    return Verdict(tuple(made), _status(failed, lacks), why, worst)
 
 
-def _status(failed: set[str]) -> Literal["reliable", "unreliable", "implausible"]:
-    if not failed:
-        return "reliable"
-    return "implausible" if failed == {"plausible"} else "unreliable"
+def _status(failed: set[str], missing: Sequence[str]) -> Status:
+    if failed - {"gap", "plausible"}:
+        return "unreliable"
+    if missing:
+        return "unchecked"
+    if "plausible" in failed:
+        return "implausible"
+    return "optimistic" if failed else "reliable"

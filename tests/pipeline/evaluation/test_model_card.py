@@ -39,7 +39,7 @@ def examined(config: Config) -> Findings:
     model = checkpoint.build_model(config).eval()
     test = config.dataset.load(0).test
     dense = config.backbone.num_experts == 1
-    job = main_job(config, test, END, suite(config.evaluation, dense=dense))
+    job = main_job(test, END, suite(config.evaluation, dense=dense))
 
     def run(each: Any) -> Any:
         return judge(model, each.images, each.measures, seed=0, device=CPU, ids_N=each.ids_N)

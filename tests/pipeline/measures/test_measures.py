@@ -22,6 +22,7 @@ from pipeline.measures.base import is_correct
 from pipeline.measures.confidence import wilson
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.gradient_attack import WhiteBox, WhiteBoxMargin
+from pipeline.measures.random_queries import Queries
 from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
 from pipeline.measures.runner import Verdicts, judge, suite, summarize
 from pipeline.measures.sanity.probe_attacks import FACTORS, over_eps
@@ -245,10 +246,11 @@ def test_forced_route_on_a_dense_net_is_pgd_on_the_margin(build: Callable[..., N
     margin = WhiteBoxMargin(attack=attack)(frozen, x_BCHW, y_B, noise(40))
     assert 0 < margin.correct_B.sum() < 32
     assert torch.equal(forced.correct_B, margin.correct_B)
-    assert torch.equal(forced.x_adv, margin.x_adv)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OWN.values() if kind is not SmallSteps])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in OWN.values() if kind not in (SmallSteps, Queries)]
+)
 def test_restarts_begin_at_different_places(
     mixture: Network, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from moe.token_network import TokenNetwork
 from pipeline.attacks.pgd import PGD
 from pipeline.measures import MEASURES
 from pipeline.measures.sanity.checks import Evidence, batch
+from pipeline.measures.sanity.faithful import RouterGradient
 from pipeline.measures.sanity.probe_attacks import facts
 from pipeline.measures.soft_gates import VARIANTS
 from pipeline.measures.threat import Evaluation
@@ -91,3 +92,14 @@ def test_exported_graph_computes_the_same_at_any_batch_size(router: Any) -> None
 def test_a_coupled_batch_is_not_exported() -> None:
     with pytest.raises(ValueError, match="capacity must be 0 for export"):
         exportable(net(capacity=0.5))
+
+
+def test_router_whose_inputs_are_cut_from_the_graph_is_found() -> None:
+    x_BCHW, y_B = torch.rand(12, 3, 8, 8), torch.zeros(12).long()
+    noise = ImageNoise(0, torch.arange(12))
+    model, attack = net(), PGD(step_size=2 / 255)
+    assert RouterGradient(attack=attack)(model, x_BCHW, y_B, noise).correct_B.all()
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            module.register_forward_pre_hook(lambda _, found: tuple(x.detach() for x in found))
+    assert not RouterGradient(attack=attack)(model, x_BCHW, y_B, noise).correct_B.any()
