@@ -50,6 +50,8 @@ killed, is not attacked again.
   tier=smoke|standard|full   500, 1,000 or all test images, and more attacks (default: standard)
   measure=a,b,...            these in place of the tier's, of
                              {", ".join(MEASURES)}
+  attack=pgd|...             takes the place of PGD in them (an attack of the registry derived from
+                             it, see docs/extending.md): measure=pgd attack=mi_fgsm
   checks=true|false          the attacks that only the sanity checks need (default: true, and false
                              with measure=)
   corruptions=true           accuracy under six kinds of corruption too, mean of severities 1 to 5

@@ -46,7 +46,8 @@ class PGD:
 
     ``x <- clip_[0,1](project(x + step_size * direction(grad objective(x))))`` (Madry et al., ICLR
     2018, arXiv:1706.06083); the direction is the sign for L-inf, the normalized gradient for L2.
-    The objective says what is attacked (the classifier, the router, one expert): no new target
+    ``direction`` is a method, so that momentum is a subclass of a few lines. The objective says
+    what is attacked (the classifier, the router, one expert): no new target
     needs a new attack. It returns one number or one an image; restarts need the latter.
 
     Attributes:
@@ -105,14 +106,33 @@ class PGD:
         self, objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, start: Tensor, steps: int
     ) -> Tensor:
         """Climb for ``steps`` gradients from ``start``, inside the ball around ``x_BCHW``."""
+        return self.climb(objective, x_BCHW, start, torch.zeros_like(start), steps)[0]
+
+    def climb(
+        self,
+        objective: Callable[[Tensor], Tensor],
+        x_BCHW: Tensor,
+        start: Tensor,
+        memory: Tensor,
+        steps: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Climb as ``ascend`` does, and return the memory of ``direction`` too."""
         x_adv = start.detach()
         for _ in range(steps):
             x_adv.requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
-            ahead = x_adv.detach() + self.step_size * uphill(gradient, self.norm)
-            x_adv = self.project(ahead, x_BCHW)
-        return x_adv.detach()
+            way, memory = self.direction(gradient, memory)
+            x_adv = self.project(x_adv.detach() + self.step_size * way, x_BCHW)
+        return x_adv.detach(), memory
+
+    def direction(self, gradient: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where a step of size 1 goes, and what the next one gets as its memory.
+
+        The memory is shaped like the images and zero at first. A subclass with momentum overrides
+        this and nothing else.
+        """
+        return uphill(gradient, self.norm), memory
 
     def project(self, x_adv: Tensor, x_BCHW: Tensor) -> Tensor:
         """Return the nearest images in the ball, then in [0, 1]."""
@@ -124,7 +144,8 @@ class PGD:
 
     def walk(self, x_BCHW: Tensor, noise: Draw) -> March:
         """Stand at a start."""
-        return March(self, x_BCHW, self.begin(x_BCHW, noise))
+        start = self.begin(x_BCHW, noise)
+        return March(self, x_BCHW, start, torch.zeros_like(start))
 
 
 @dataclass
@@ -134,6 +155,7 @@ class March:
     attack: PGD
     x_BCHW: Tensor
     now: Tensor
+    memory: Tensor
 
     def points(self) -> tuple[Tensor, ...]:
         """Return the images to be judged."""
@@ -142,10 +164,13 @@ class March:
     def keep(self, rows_A: Tensor) -> None:
         """Drop all images but those at ``rows_A``."""
         self.x_BCHW, self.now = self.x_BCHW[rows_A], self.now[rows_A]
+        self.memory = self.memory[rows_A]
 
     def advance(self, objective: Callable[[Tensor], Tensor], steps: int) -> None:
         """Make so many steps."""
-        self.now = self.attack.ascend(objective, self.x_BCHW, self.now, steps)
+        self.now, self.memory = self.attack.climb(
+            objective, self.x_BCHW, self.now, self.memory, steps
+        )
 
 
 def highest(

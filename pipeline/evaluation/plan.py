@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from pipeline.attacks import ATTACKS
+from pipeline.attacks.pgd import PGD
 from pipeline.config import Config
 from pipeline.config.overrides import parse
 from pipeline.context import best_device
@@ -29,7 +31,7 @@ PREFIXES = ("evaluation.", "dataset.path", "dataset.test_images")
 WHERE = ("experiment", "storage", "tracking_uri", "workers")
 
 
-OPTIONS = ("tier", "measure", "checks", "corruptions", "cascade", "reuse", "batch")
+OPTIONS = ("tier", "measure", "attack", "checks", "corruptions", "cascade", "reuse", "batch")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         name, tier: The tier, with its measures replaced by those of the command line.
         checks, corruptions, cascade, reuse, batch: As in the usage.
         transfer: The model of another run, None for none.
+        attack: Name of the attack that takes the place of PGD in the measures.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Plan:
     reuse: bool = True
     batch: int = 256
     transfer: TransferSource | None = None
+    attack: str = "pgd"
 
 
 def read_plan(options: Mapping[str, str]) -> Plan:
@@ -59,7 +63,7 @@ def read_plan(options: Mapping[str, str]) -> Plan:
         raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {name!r}")
     tier, asked = TIERS[name], "measure" in options
     if asked:
-        names = tuple(options["measure"].split(","))
+        names = tuple(whole_name(name) for name in options["measure"].split(","))
         if unknown := [name for name in names if name not in MEASURES]:
             raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
         tier = replace(tier, measures=names)
@@ -73,9 +77,13 @@ def read_plan(options: Mapping[str, str]) -> Plan:
     batch = parse("batch", options.get("batch", 256), int)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    attack = options.get("attack", "pgd")
+    if attack not in (kinds := pgd_kinds()):
+        raise ValueError(f"attack must be of {', '.join(kinds)}, got {attack!r}")
     return Plan(
         name,
         tier,
+        attack=attack,
         checks=parse("checks", options.get("checks", not asked), bool),
         corruptions=parse("corruptions", options.get("corruptions", False), bool),
         cascade=parse("cascade", options.get("cascade", False), bool),
@@ -84,10 +92,23 @@ def read_plan(options: Mapping[str, str]) -> Plan:
     )
 
 
+def whole_name(name: str) -> str:
+    """Write a measure's name in full: ``pgd`` is ``ra_pgd``."""
+    return name if name in MEASURES or f"ra_{name}" not in MEASURES else f"ra_{name}"
+
+
+def pgd_kinds() -> dict[str, type[PGD]]:
+    """Name the attacks that can take the place of PGD: those that differ in their steps alone."""
+    return {name: kind for name, kind in ATTACKS.items() if issubclass(kind, PGD)}
+
+
 def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
     """Choose images and attacks: those of the table under ``main``, and those of the checks."""
     experts = config.backbone.num_experts
-    measures = measures_of(plan.tier.measures, config.evaluation, num_experts=experts)
+    kind = pgd_kinds()[plan.attack]
+    measures = measures_of(plan.tier.measures, config.evaluation, num_experts=experts, kind=kind)
+    if kind is not PGD:  # a number of another attack gets a name of its own
+        measures = {name.replace("pgd", plan.attack): made for name, made in measures.items()}
     if plan.transfer is not None:
         measures["ra_transfer"] = Transfer(
             source=plan.transfer.model,

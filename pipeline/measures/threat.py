@@ -34,9 +34,9 @@ class Evaluation:
         check_fields(self)
         self.attack(self.steps)
 
-    def attack(self, steps: int) -> PGD:
-        """Make the attack with so many gradients."""
-        return PGD(
+    def attack(self, steps: int, kind: type[PGD] = PGD) -> PGD:
+        """Make the attack with so many gradients; of another kind, with its own other settings."""
+        return kind(
             eps=self.eps,
             step_size=self.step_size,
             norm=self.norm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.attacks.pgd import PGD
 from pipeline.measures import END_OF_RUN, MEASURES, ROUTED, Measure
 from pipeline.measures.threat import Evaluation
 
@@ -72,17 +73,21 @@ END = Tier(measures=END_OF_RUN, images=None, probed=64, planted=0, deep=False)
 
 
 def measures_of(
-    names: Iterable[str], evaluation: Evaluation, *, num_experts: int
+    names: Iterable[str], evaluation: Evaluation, *, num_experts: int, kind: type[PGD] = PGD
 ) -> dict[str, Measure]:
     """Make measures of the registry, by the name of their metric.
 
     Those that attack a route are left out for a dense net; ``ra_each`` becomes one for each expert.
+
+    Args:
+        kind: The attack that takes the place of PGD, with the threat's radius, norm, steps and
+            restarts, and the rest by its own defaults.
     """
     made: dict[str, Measure] = {}
     for name in names:
         if num_experts == 1 and name in ROUTED:
             continue
-        attack = evaluation.attack(evaluation.steps * (2 if name in TWICE else 1))
+        attack = evaluation.attack(evaluation.steps * (2 if name in TWICE else 1), kind)
         if name == "ra_each":
             for expert in range(num_experts):
                 made[f"ra_each_{expert}"] = MEASURES[name](attack=attack, expert=expert)  # type: ignore[call-arg]

@@ -4,6 +4,7 @@ Shapes: B images, CHW channels and sides.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -263,3 +264,47 @@ def test_attack_raises_the_loss_of_a_network(small: Network) -> None:
 def test_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ATTACKS["pgd"](**settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(PGD):
+    """MI-FGSM (arXiv:1710.06081, algorithm 1) by the one method that is for it."""
+
+    decay: float = 0.9
+    start: Any = "clean"
+
+    def direction(self, gradient: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self.decay * memory + gradient / gradient.abs().sum((1, 2, 3), keepdim=True)
+        return memory.sign(), memory
+
+
+def momentum_twin(objective: Any, x_BCHW: Tensor, eps: float, step: float, steps: int) -> Tensor:
+    """The algorithm as it is written."""
+    x, g = x_BCHW.clone(), torch.zeros_like(x_BCHW)
+    for _ in range(steps):
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(objective(x).sum(), x)
+        g = 0.9 * g + slope / slope.abs().sum((1, 2, 3), keepdim=True)
+        x = (x + step * g.sign()).detach()
+        x = torch.minimum(torch.maximum(x, x_BCHW - eps), x_BCHW + eps).clamp(0, 1)
+    return x
+
+
+def test_momentum_is_a_direction_whole_or_in_pieces_with_images_dropped() -> None:
+    x_BCHW = images(6)
+    target = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(5)).double()
+
+    def bumpy(x: Tensor) -> Tensor:
+        return torch.sin(9 * (x - target)).sum((1, 2, 3))
+
+    attack = Momentum(eps=0.1, step_size=0.02, steps=9)
+    want = momentum_twin(bumpy, x_BCHW, 0.1, 0.02, 9)
+    assert torch.equal(attack(bumpy, x_BCHW), want)
+    walk = attack.walk(x_BCHW, noise())
+    walk.advance(bumpy, 4)
+    walk.keep(torch.tensor([1, 3, 4]))
+    walk.advance(bumpy, 5)
+    assert torch.equal(walk.points()[0], want[[1, 3, 4]]), "the memory goes with its image"
+    assert not torch.equal(
+        want, PGD(eps=0.1, step_size=0.02, steps=9, start="clean")(bumpy, x_BCHW)
+    )
