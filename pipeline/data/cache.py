@@ -6,7 +6,6 @@ any time. Arrays are made in their file, so that a set larger than memory can be
 test images at 224 px are 7.5 GB). A cache that cannot be used costs time, never the run.
 """
 
-import fcntl
 import os
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 VERSION = 1  # raise it when the same files would be decoded to other arrays
@@ -52,7 +52,7 @@ def cached(key: str, shape: tuple[int, ...], fill: Fill) -> Arrays:
             if (found := find(folder, key, shape)) is not None:
                 return found
             raise OSError("what was written cannot be read again")
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
         warnings.warn(f"decoded images are not kept in {folder}: {error}", stacklevel=2)
     arrays = np.empty(shape, np.uint8), np.empty(shape[:1], np.int64)
     fill(*arrays)
@@ -69,8 +69,7 @@ def only_one(folder: Path, key: str) -> Iterator[None]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError("the folder belongs to another user")
-    with (folder / f"{key}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / f"{key}.lock"):
         yield
 
 

@@ -149,6 +149,7 @@ def resting() -> type["ExecutionCallback"]:
     for work without a pause, and so takes the interpreter from the training: with two workers on
     two cores that halved it (57 images/s, where training alone made 111).
     """
+    # ray.data exports no base class for custom_execution_callback_classes
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Resting(ExecutionCallback):  # type: ignore[misc]

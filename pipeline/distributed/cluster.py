@@ -50,7 +50,8 @@ def ray_cluster(
         logging_level="ERROR",
         **({"include_dashboard": dashboard} if address == "local" else {}),
     )
-    worker._worker_logs_enabled = False  # a lost node's dump, which log_to_driver lets through
+    # no public setting: log_to_driver=False lets a lost node's dump through
+    worker._worker_logs_enabled = False
     if threading.current_thread() is threading.main_thread() and callable(handler):
         # Ray's own aborts the process 3 s after SIGTERM, whatever it is writing down
         signal.signal(signal.SIGTERM, handler)
