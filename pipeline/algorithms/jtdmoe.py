@@ -5,13 +5,11 @@ Shapes: B images, K classes, CHW channels and sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.dual_model import Dual
 from moe.fold_batchnorm import fold
@@ -56,7 +54,7 @@ class JTDMoE(CheckedFields):
         terms = rt_er_terms(
             state, lambda m: halves(m).robust, x_BCHW, y_B, self.attack, self.robustify
         )
-        with resting(halves(state.model).standard):
+        with state.only("robust"):
             losses = state.minimize(terms, {"robust": 1.0, "consistency": self.beta}, "robust")
         watch_router(state, "robust")
         return losses
@@ -70,7 +68,7 @@ class JTDMoE(CheckedFields):
             logits_BK = dual.blend(dual.standard(x_BCHW).logits, robust_BK)
             return {"natural": state.cross_entropy(logits_BK, y_B)}
 
-        with resting(dual.robust):
+        with state.only("standard"):
             losses = state.minimize(terms, {"natural": 1.0}, "standard")
         watch_router(state, "standard")
         return losses
@@ -81,19 +79,6 @@ def halves(model: Network) -> Dual:
     if not isinstance(model, Dual):
         raise ValueError(f"jtdmoe needs backbone=dual, got a {type(model).__name__}")
     return model
-
-
-@contextmanager
-def resting(half: nn.Module) -> Iterator[None]:
-    """Keep a half in eval mode and without gradients."""
-    members = [p for p in half.parameters() if p.requires_grad]
-    half.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        half.train()
-        for parameter in members:
-            parameter.requires_grad_(True)
 
 
 def watch_router(state: TrainState, half: str) -> None:

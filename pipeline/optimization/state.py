@@ -37,14 +37,40 @@ class Partition:
     Attributes:
         names: Of the groups.
         of: From a parameter's name in the model to that of its group.
+        mode: Puts a model in train mode but for the groups beside the one that is named; the empty
+            name stands for all groups.
     """
 
     names: tuple[str, ...]
     of: Callable[[str], str]
+    mode: Callable[[Network, str], None]
 
 
-COMPONENTS = Partition(GROUPS, lambda name: "router" if is_router_parameter(name) else "experts")
-HALVES = Partition(("standard", "robust"), lambda name: name.partition(".")[0])
+def _component_mode(model: Network, group: str) -> None:
+    """Put a resting router in eval mode, without gradients through its gates.
+
+    Resting experts keep normalizing by the statistics of the batch, as they do when they train,
+    but those do not enter the running ones: early in training the running statistics lag so far
+    behind that the straight-through gradient through them explodes.
+    """
+    model.train()
+    for name, module in model.named_modules():
+        if is_router_parameter(f"{name}."):
+            module.train(group != "experts")
+        elif isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = group != "router"
+    model.gate_gradient = group != "experts"
+
+
+def _half_mode(model: Network, group: str) -> None:
+    for name, half in model.named_children():
+        half.train(group in ("", name))
+
+
+COMPONENTS = Partition(
+    GROUPS, lambda name: "router" if is_router_parameter(name) else "experts", _component_mode
+)
+HALVES = Partition(("standard", "robust"), lambda name: name.partition(".")[0], _half_mode)
 """Of a dual model (``moe.dual_model``), each half with its router."""
 
 
@@ -129,36 +155,17 @@ class TrainState:
 
     @contextmanager
     def only(self, group: str) -> Iterator[Network]:
-        """Train one group of the model; the other does not change by one bit.
-
-        A resting router is in eval mode, and its gates carry no gradient. Resting experts keep
-        normalizing by the statistics of the batch, as they do when they train, but those do not
-        enter the running ones: early in training the running statistics lag so far behind that
-        the straight-through gradient through them explodes.
-        """
-        resting = [p for other in GROUPS if other != group for p in self.parameters(other)]
-        named = list(self.model.named_modules())
-        norms = [
-            m for n, m in named if isinstance(m, nn.BatchNorm2d) and not is_router_parameter(n)
-        ]
-        self.model.train()
-        for name, module in named:
-            if is_router_parameter(f"{name}."):
-                module.train(group == "router")
+        """Train one group of the model; the others do not change by one bit."""
+        resting = [p for g in self.partition.names if g != group for p in self.parameters(g)]
         for parameter in resting:
             parameter.requires_grad_(False)
-        for norm in norms:
-            norm.track_running_stats = group == "experts"
-        self.model.gate_gradient = group == "router"
+        self.partition.mode(self.model, group)
         try:
             yield self.model
         finally:
             for parameter in resting:
                 parameter.requires_grad_(True)
-            for norm in norms:
-                norm.track_running_stats = True
-            self.model.gate_gradient = True
-            self.model.train()
+            self.partition.mode(self.model, "")
 
     def perturb(
         self, attack: Attack, aim: Callable[[Network, Tensor], Objective], x_BCHW: Tensor
