@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,6 +164,46 @@ def resume(
     return progress
 
 
+class Batch(NamedTuple):
+    """This worker's part of an update's images.
+
+    Attributes:
+        step: Of the epoch, from 0.
+        x_BCHW: Pixels in [0, 1], in channels-last layout.
+        y_B: Labels (B,), or shares of classes (B, K) where images are mixed.
+        draws: Generator of the update's further random numbers.
+    """
+
+    step: int
+    x_BCHW: Tensor
+    y_B: Tensor
+    draws: torch.Generator
+
+
+class Meter:
+    """Sums of losses and the pace of an epoch's updates."""
+
+    def __init__(self, session: Session, batch_size: int, sums: Mapping[str, float]) -> None:
+        self.session, self.batch_size = session, batch_size
+        self.began, self.seen = time.monotonic(), 0
+        self.sums = {n: torch.tensor(total, device=session.device) for n, total in sums.items()}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count an update."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.float()
+        self.seen += self.batch_size
+
+    @property
+    def pace(self) -> float:
+        """Images per second over all workers."""
+        return self.seen / (time.monotonic() - self.began)
+
+    def totals(self) -> dict[str, float]:
+        """Read the sums, averaged over the workers."""
+        return averaged(self.session, self.sums)
+
+
 def train_epoch(
     config: Config,
     folder: Path,
@@ -173,56 +213,98 @@ def train_epoch(
     progress: Progress,
 ) -> None:
     """Train to the end of the current epoch, validate, save, and advance ``progress``."""
-    steps, began = len(splits.train) // config.batch_size, time.monotonic()
-    first, seen = progress.step, 0
-    sums = {
-        name: torch.tensor(total, device=session.device) for name, total in progress.sums.items()
-    }
-    for step, x_BCHW, y_B in batches(config, session, splits, progress.epoch, first, state):
-        now = moment(config, progress.epoch, step, steps)
-        if now.stage != progress.stage:  # selection begins again with the new network
-            advance(config, state, now.stage)
-            progress.stage, progress.best = now.stage, -1.0
-        set_rates(config, state, now.epoch, now.rate)
-        with torch.autocast(
-            session.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-        ):
-            update = progress.epoch * steps + step + 1
-            with roomy(update, len(x_BCHW)):
-                losses = config.algorithm.step(state, x_BCHW, y_B)
-        watched = state.check(update)
-        check_gate(update, watched)
-        state.ema.follow(state.model)
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.float()
-        seen += config.batch_size
-        pace = seen / (time.monotonic() - began)
-        left = (config.epochs - progress.epoch) * steps - step - 1
-        session.tell(
-            "progress",
-            epoch=progress.epoch + 1,
-            epochs=config.epochs,
-            step=step + 1,
-            steps=steps,
-            images_per_second=pace,
-            seconds_left=left * config.batch_size / pace,
-            loss=next((v for name, v in watched.items() if name.startswith("loss")), 0.0),
-        )
-        progress.step = step + 1
-        due = config.checkpoint_steps and update % config.checkpoint_steps == 0 and step + 1 < steps
+    steps = len(splits.train) // config.batch_size
+    meter = Meter(session, config.batch_size, progress.sums)
+    for batch in batches(config, session, splits, progress.epoch, progress.step):
+        update = progress.epoch * steps + batch.step + 1
+        prepare(config, state, progress, batch.step, steps)
+        losses, watched = train_batch(config, session, state, batch, update)
+        meter.add(losses)
+        progress.step = batch.step + 1
+        tell_progress(config, session, progress, steps, meter.pace, watched)
+        last = progress.step == steps
+        due = config.checkpoint_steps and update % config.checkpoint_steps == 0 and not last
         signal = follow(session)
         if due or signal >= Signal.SAVE:
-            progress.sums = averaged(session, sums)
+            progress.sums = meter.totals()
             save(config, folder, session, state, progress, update)
         if signal is Signal.STOP:
             raise Stopped(f"stopped after epoch {progress.epoch}, update {progress.step}")
-    values = {f"train/loss_{n}": v / steps for n, v in averaged(session, sums).items()}
-    values["train/images_per_second"] = seen / (time.monotonic() - began)
+    end_epoch(config, folder, session, state, splits, progress, meter)
+
+
+def prepare(config: Config, state: TrainState, progress: Progress, step: int, steps: int) -> None:
+    """Bring network and learning rates to where the schedule wants them at an update."""
+    now = moment(config, progress.epoch, step, steps)
+    if now.stage != progress.stage:  # selection begins again with the new network
+        advance(config, state, now.stage)
+        progress.stage, progress.best = now.stage, -1.0
+    set_rates(config, state, now.epoch, now.rate)
+
+
+def train_batch(
+    config: Config, session: Session, state: TrainState, batch: Batch, update: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Run one update; return its losses and the scalars that were watched.
+
+    Raises:
+        NonFiniteError: A watched scalar is not finite.
+        RouterError: The router gets no gradient.
+        RoomError: The batch does not fit into memory.
+    """
+    state.noise = Noise(batch.draws, session.rank, session.world)
+    bf16 = config.precision == "bf16"
+    with (
+        torch.autocast(session.device.type, torch.bfloat16, enabled=bf16),
+        roomy(update, len(batch.x_BCHW)),
+    ):
+        losses = config.algorithm.step(state, batch.x_BCHW, batch.y_B)
+    watched = state.check(update)
+    check_gate(update, watched)
+    state.ema.follow(state.model)
+    return losses, watched
+
+
+def tell_progress(
+    config: Config,
+    session: Session,
+    progress: Progress,
+    steps: int,
+    pace: float,
+    watched: Mapping[str, float],
+) -> None:
+    """Send how far the run is; ``pace`` in images per second."""
+    left = (config.epochs - progress.epoch) * steps - progress.step
+    session.tell(
+        "progress",
+        epoch=progress.epoch + 1,
+        epochs=config.epochs,
+        step=progress.step,
+        steps=steps,
+        images_per_second=pace,
+        seconds_left=left * config.batch_size / pace,
+        loss=next((v for name, v in watched.items() if name.startswith("loss")), 0.0),
+    )
+
+
+def end_epoch(
+    config: Config,
+    folder: Path,
+    session: Session,
+    state: TrainState,
+    splits: Splits,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """Validate, save and report at the end of an epoch."""
+    steps = len(splits.train) // config.batch_size
+    values = {f"train/loss_{n}": v / steps for n, v in meter.totals().items()}
+    values["train/images_per_second"] = meter.pace
     if isinstance(config.algorithm, Staged):
         values["train/stage"] = float(progress.stage)
     values |= validate(config, session, state, splits)
-    progress.epoch, progress.step, update = progress.epoch + 1, 0, (progress.epoch + 1) * steps
-    progress.sums = {}
+    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+    update = progress.epoch * steps
     progress.record(session, update, values)
     score = values[selects(config.algorithm)]
     better, progress.best = score > progress.best, max(progress.best, score)
@@ -232,7 +314,7 @@ def train_epoch(
         epoch=progress.epoch,
         epochs=config.epochs,
         values=values,
-        seconds=(took := time.monotonic() - began),
+        seconds=(took := time.monotonic() - meter.began),
         ended=time.monotonic(),
         seconds_left=took * (config.epochs - progress.epoch),
     )
@@ -275,8 +357,8 @@ def averaged(session: Session, sums: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def batches(
-    config: Config, session: Session, splits: Splits, epoch: int, first: int, state: TrainState
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    config: Config, session: Session, splits: Splits, epoch: int, first: int
+) -> Iterator[Batch]:
     """Yield this worker's part of each batch of an epoch from update ``first`` on.
 
     Order, augmentation and attack noise follow from (seed, epoch, update) alone, so a run may
@@ -294,7 +376,6 @@ def batches(
     parts, device = session.in_step(splits.train.batches(share)), session.device
     for step, (raw_BCHW, label_B) in enumerate(parts, start=first):
         draws = generator_at(device, config.seed, "update", epoch, step)
-        state.noise = Noise(draws, session.rank, session.world)
         pixels_BCHW = extra.before(raw_BCHW, epoch, step)
         x_BCHW = augment(
             to_float(pixels_BCHW.to(device)),
@@ -304,7 +385,7 @@ def batches(
             **place,
         )
         x_BCHW, y_B = extra.after(x_BCHW, label_B.to(device), epoch, step)
-        yield step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B
+        yield Batch(step, x_BCHW.contiguous(memory_format=torch.channels_last), y_B, draws)
 
 
 def check_gate(update: int, watched: dict[str, float]) -> None:

@@ -98,22 +98,21 @@ def work(settings: dict[str, Any]) -> None:
         out["alone"].append(took / (time.monotonic() - began))
         out["memory"].append(memory())
         out["seen"].append(sum(everyone(seen, world), []))  # noqa: RUF017
-    kept = next(loop.batches(config, session, splits, 0, 0, state))
+    kept = next(loop.batches(config, session, splits, 0, 0))
     steps = len(stream) // config.batch_size
 
-    def update(step: int, x_BCHW: torch.Tensor, y_B: torch.Tensor) -> None:
+    def update(step: int, batch: loop.Batch) -> None:
         set_rates(config, state, step / steps)
-        config.algorithm.step(state, x_BCHW, y_B)
-        state.check(step + 1)
+        loop.train_batch(config, session, state, batch, step + 1)
 
     began = time.monotonic()
     for step in range(steps):
-        update(step, *kept[1:])
+        update(step, kept)
     out["training"] = [took / (time.monotonic() - began)]
     for epoch in range(config.epochs):
         began = time.monotonic()
-        for step, x_BCHW, y_B in loop.batches(config, session, splits, epoch, 0, state):
-            update(step, x_BCHW, y_B)
+        for batch in loop.batches(config, session, splits, epoch, 0):
+            update(batch.step, batch)
         out["both"].append(took / (time.monotonic() - began))
         out["memory"].append(memory())
     if rank == 0:

@@ -20,7 +20,7 @@ from pipeline.config.overrides import override
 from pipeline.context import Session
 from pipeline.loop import NonFiniteError, fit
 from pipeline.optimization.ema import WeightAverage
-from pipeline.optimization.state import TrainState
+from pipeline.seeding import Noise
 
 Events = list[Mapping[str, Any]]
 
@@ -359,9 +359,8 @@ def test_option_of_the_images_changes_neither_crops_nor_noise(
     batches = []
     for config in (TINY, override(TINY, changes)):
         splits = config.dataset.load(0)
-        state = TrainState(checkpoint.build_model(config), {})
-        _, x_BCHW, y_B = next(loop.batches(config, Session(), splits, 1, 2, state))
-        batches.append((x_BCHW, y_B, state.noise.uniform(x_BCHW)))
+        _, x_BCHW, y_B, draws = next(loop.batches(config, Session(), splits, 1, 2))
+        batches.append((x_BCHW, y_B, Noise(draws).uniform(x_BCHW)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     assert torch.equal(batches[0][2], batches[1][2])
     assert not torch.equal(batches[0][0], batches[1][0])
