@@ -23,12 +23,12 @@ FLOORS = (
     ("end_of_run",),
     ("loop",),
     ("distributed",),
-    ("bench", "certify", "dual", "export", "grid", "study", "tune"),
+    ("bench", "certify", "dual", "export", "grid", "serving", "study", "tune"),
 )
-COMMANDS = ("train", "evaluate", "data_tool", "doctor", "submit")
+COMMANDS = ("train", "evaluate", "data_tool", "doctor", "serve", "submit")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, COMMANDS)) for room in rooms}
 ONLY = {
-    "ray": {"distributed", "tune", "grid", "data.streaming"},
+    "ray": {"distributed", "tune", "grid", "data.streaming", "serving"},
     "mlflow": {"tracking", "report", "sweep"},
 }
 SAME_NAME = {"__init__", "__main__", "base"}
