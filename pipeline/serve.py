@@ -68,8 +68,7 @@ def run(argv: list[str]) -> int:
             model, config = checkpoint.load_model(folder), checkpoint.load_config(folder)
         except checkpoint.CheckpointError as error:
             return fail(str(error), 1)
-        count = config.dataset.num_classes
-        names = checkpoint.data_of(folder).get("class_names") or [str(k) for k in range(count)]
+        names = checkpoint.class_names_of(folder)
     limits = Limits(image_size=config.dataset.image_size, **chosen)
     with ray_cluster(config, check=lambda _: None):
         try:
