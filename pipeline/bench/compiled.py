@@ -34,6 +34,11 @@ class CompiledDispatch(ExportedModel):
 
 
 def prepared(module: nn.Module, dtype: torch.dtype, compiler: Callable[..., Any] | None) -> Any:
-    """Lay a module out for its images, and compile it for any batch size."""
-    module = module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Lay a module's filters out for its images, and compile it for any batch size."""
+    module = module.to(dtype=dtype)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        elif tensor.ndim == 5:  # filters of the one expert of a pathway
+            tensor.data = tensor.data[0].contiguous(memory_format=torch.channels_last)[None]
     return module if compiler is None else compiler(module, dynamic=True)

@@ -1,7 +1,8 @@
 """Speed of both servers against the bare model.
 
-``python -m tests.helpers.serving_speed CHECKPOINT [seconds=30] [clients=4]``. Each server is a process, and each load another, with one request per client at a time; the bare
-model classifies the same images in this process with one thread.
+``python -m tests.helpers.serving_speed CHECKPOINT [seconds=30] [clients=4]``. Each server is a
+process, and each load another, with one request per client at a time; the bare model classifies
+the same images in this process with one thread.
 """
 
 from __future__ import annotations
