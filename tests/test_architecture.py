@@ -152,7 +152,12 @@ def test_mlflow_and_optional_packages_are_imported_where_they_are_used(file: Pat
 
 ONE_PLACE = {
     r"[\"']sqlite:///[\"'{]|\.as_uri\(\)": ("tracking.database_file", "tracking.client"),
-    r"json\.loads?\(.*read": ("checkpoint", "sweep.trials", "grid.cell_process"),
+    r"json\.loads?\(.*read": (
+        "checkpoint",
+        "tracking.image_pyfunc",
+        "sweep.trials",
+        "grid.cell_process",
+    ),
     r"dataset_sha256\W+[!=]=|[!=]= .*dataset_sha256": ("data.identity",),
     r"class_names [!=]=|[!=]= .*class_names": ("data.class_names",),
     r"getexif|exif_transpose\(": ("data.decode",),
