@@ -2,10 +2,10 @@
 
 Run as ``python -m tests.helpers.faithful_distribution FOLDER ...``.
 
-Prints for each checkpoint folder how many of the first test images of the digits fail the checks of
-gradients, and quantiles (0, 10, 50%) of the rank correlation and (0, 10, 50, 90, 100%) of the slope.
+Prints for each checkpoint folder how many of the first test images of the digits are not faithful,
+quantiles (0, 10, 50%) of the rank correlation, and (0, 10, 50, 90, 100%) of the slope.
 
-Shapes: B images, J directions.
+Shapes: B images.
 """
 
 from __future__ import annotations
@@ -65,6 +65,6 @@ def describe(name: str, model: Network, x_BCHW: Tensor, y_B: Tensor) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     split = Digits().load(0).test
-    pixels, labels_B = to_float(split.pixels_NCHW[:IMAGES]), split.labels_N[:IMAGES]
+    pixels, labels = to_float(split.pixels_NCHW[:IMAGES]), split.labels_N[:IMAGES]
     for folder in map(Path, sys.argv[1:]):
-        describe(folder.parent.parent.name, checkpoint.load_model(folder), pixels, labels_B)
+        describe(folder.parent.parent.name, checkpoint.load_model(folder), pixels, labels)

@@ -33,6 +33,7 @@ from pipeline.measures.sanity.faithful import (
     RouterGradient,
     rank_correlation,
 )
+from pipeline.measures.sanity.probe_attacks import facts, facts_around
 from pipeline.seeding import ImageNoise
 from tests.helpers import defences
 
@@ -291,3 +292,19 @@ def test_rank_correlation_of_known_rows() -> None:
 
 def test_all_of_them_can_be_asked_for() -> None:
     assert {"ra_grid", "ra_hidden", "ra_queries"} <= MEASURES.keys()
+
+
+def test_dice_on_attacked_images_alone_are_seen() -> None:
+    net = linear()
+
+    def thrown(x: Tensor) -> Tensor:
+        off_B = (255 * x - (255 * x).round()).abs().flatten(1).amax(1) > 1e-3
+        found: Tensor = net(x).logits
+        return found + off_B[:, None] * torch.randn_like(found)
+
+    split, attack = images(net), ATTACK
+    x_BCHW = to_float(split.pixels_NCHW)
+    model = fold(defences.dense(thrown))
+    assert facts(model, x_BCHW).repeat == 0
+    assert facts_around(model, x_BCHW, split.labels_N, attack).repeat > 1e-2
+    assert facts_around(fold(net), x_BCHW, split.labels_N, attack).repeat == 0

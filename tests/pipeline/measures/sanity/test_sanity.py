@@ -365,7 +365,9 @@ def test_verdict_says_which_number_flatters_and_which_attack_shows_it() -> None:
     more = {"ra_forced": ForcedRoute(attack=threat.attack(20))}
     split = analytic.route_flip_images(32)
     text = decide(evidence(analytic.route_flip(), split, threat=threat, more=more)).text
-    assert text.startswith("optimistic: gap: ra_pgd20 100.0% is 100.0 points above the worst case")
+    assert text.startswith(
+        "optimistic: 100.0 points; gap: ra_pgd20 100.0% is 100.0 points above the worst case"
+    )
     assert "quote ra_worst; what ra_pgd20 leaves is broken by ra_forced (32 images)" in text
 
 
