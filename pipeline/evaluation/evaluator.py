@@ -18,6 +18,7 @@ from pipeline.config.overrides import name_of
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images, even_subset
 from pipeline.measures import Evaluation, Measure
+from pipeline.measures.base import role_of
 from pipeline.measures.outcomes import counts
 from pipeline.measures.routing_change import expert_overlap, flip_rates
 from pipeline.measures.runner import Verdicts, summarize
@@ -125,6 +126,7 @@ def examine(
         probes=found,
         probed_M=None if probed is None else some_rows(job.images, len(probed)),
         planted=planted,
+        roles={name: role_of(measure) for name, measure in job.measures.items()},
         facts=seen,
         reference=reference(
             name_of("dataset", config.dataset),

@@ -85,8 +85,9 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
     Without any spread on both sides there is no interval: it would be a point, which says that
     seeds never differ. Several runs on both sides otherwise: Welch's interval, ``t`` with
-    Satterthwaite's degrees of freedom (Welch, Biometrika 34, 1947). Otherwise Newcombe's hybrid of the two intervals (Statistics in
-    Medicine 17, 1998, method 10): ``d - sqrt((a - l_a)^2 + (u_b - b)^2)`` to
+    Satterthwaite's degrees of freedom (Welch, Biometrika 34, 1947). Otherwise Newcombe's hybrid of
+    the two intervals (Statistics in Medicine 17, 1998, method 10):
+    ``d - sqrt((a - l_a)^2 + (u_b - b)^2)`` to
     ``d + sqrt((u_a - a)^2 + (b - l_b)^2)``, which for single runs is his interval for two
     proportions from Wilson's. It takes the two for independent; models are judged on the same
     images, which as a rule makes the true interval narrower.
