@@ -96,12 +96,15 @@ class ExportedModel:
             robust_BR = self._scores(tree["robust"], x_BCHW)
             return (standard_BS[:, :, None] + robust_BR[:, None, :]).flatten(1)
         if tree["router"] is None:
-            return x_BCHW.new_zeros(len(x_BCHW), 1)
-        return torch.cat([self.parts[tree["router"]](part) for part in _pieces(x_BCHW)]).float()
+            return x_BCHW.new_zeros(x_BCHW.shape[0], 1)  # len() fixes a traced batch size
+        return self._router(tree["router"], x_BCHW)
+
+    def _router(self, name: str, x_BCHW: Tensor) -> Tensor:
+        return torch.cat([self.parts[name](part) for part in _pieces(x_BCHW)]).float()
 
     def _held(self, tree: Mapping[str, Any], x_BCHW: Tensor, scores_BE: Tensor) -> Tensor:
         if tree["kind"] == "dual":
-            pairs_BSR = scores_BE.reshape(len(scores_BE), -1, _experts(tree["robust"]))
+            pairs_BSR = scores_BE.reshape(scores_BE.shape[0], -1, _experts(tree["robust"]))
             standard_BK = self._held(tree["standard"], x_BCHW, pairs_BSR[:, :, 0])
             robust_BK = self._held(tree["robust"], x_BCHW, pairs_BSR[:, 0, :])
             return _blend(tree, standard_BK, robust_BK)

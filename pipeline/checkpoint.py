@@ -236,6 +236,16 @@ def data_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def class_names_of(folder: Path) -> list[str]:
+    """Name the classes of a checkpoint's data; an old one's by their numbers.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    numbers = map(str, range(load_config(folder).dataset.num_classes))
+    return list(data_of(folder).get("class_names") or numbers)
+
+
 def check_classes(folder: Path, where: str, names: Sequence[str]) -> None:
     """Refuse data whose labels are other classes than those that a checkpoint was trained on.
 

@@ -23,12 +23,12 @@ FLOORS = (
     ("end_of_run",),
     ("loop",),
     ("distributed",),
-    ("bench", "certify", "dual", "export", "grid", "study", "tune"),
+    ("bench", "certify", "dual", "export", "grid", "serving", "study", "tune"),
 )
-COMMANDS = ("train", "evaluate", "data_tool", "doctor", "submit")
+COMMANDS = ("train", "evaluate", "data_tool", "doctor", "serve", "submit")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, COMMANDS)) for room in rooms}
 ONLY = {
-    "ray": {"distributed", "tune", "grid", "data.streaming"},
+    "ray": {"distributed", "tune", "grid", "data.streaming", "serving"},
     "mlflow": {"tracking", "report", "sweep"},
 }
 SAME_NAME = {"__init__", "__main__", "base"}
@@ -152,7 +152,12 @@ def test_mlflow_and_optional_packages_are_imported_where_they_are_used(file: Pat
 
 ONE_PLACE = {
     r"[\"']sqlite:///[\"'{]|\.as_uri\(\)": ("tracking.database_file", "tracking.client"),
-    r"json\.loads?\(.*read": ("checkpoint", "sweep.trials", "grid.cell_process"),
+    r"json\.loads?\(.*read": (
+        "checkpoint",
+        "tracking.image_pyfunc",
+        "sweep.trials",
+        "grid.cell_process",
+    ),
     r"dataset_sha256\W+[!=]=|[!=]= .*dataset_sha256": ("data.identity",),
     r"class_names [!=]=|[!=]= .*class_names": ("data.class_names",),
     r"getexif|exif_transpose\(": ("data.decode",),

@@ -28,7 +28,8 @@ the dense net. All variants take turns in one process; seconds are medians over 
 ratios medians of each turn's own ratio, which a busy machine moves less. Measure on a quiet one
 with all its cores, or with threads=1. Without a name: the first two, two minutes on two cores.
 
-  inference  classify a batch: folded and sorted, masked, dense plain, dense folded
+  inference  classify a batch: folded and sorted, masked, dense plain, dense folded; with
+             compiled=true also router and pathways by torch.compile, in precision=fp32 or bf16
   mixture    whole networks as experts: a call an expert, and a call an image as released code does
   token_routing  the sparse layer of a transformer, forward and backward, over a dense MLP
   step       one AdvMoE update, both phases: ours, plainly over masked layers; dense TRADES

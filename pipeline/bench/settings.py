@@ -35,6 +35,8 @@ class Settings:
         rounds: In which each variant of ``step`` has one turn, and of ``inference`` three.
         threads: CPU threads; as many as torch takes by itself unless said.
         device: Where the networks run.
+        compiled: Whether ``inference`` has rows of ``torch.compile`` too; minutes of compiling.
+        precision: Of these rows.
 
     Raises:
         ValueError: A setting is out of its range; the message names it, its value and the range.
@@ -55,11 +57,13 @@ class Settings:
     rounds: int = 3
     threads: int = field(default_factory=torch.get_num_threads)
     device: Literal["cpu", "cuda"] = "cpu"
+    compiled: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise unknown("backbone", self.backbone, BACKBONES)
-        lowest = {"num_experts": 2, "batch": 2, "image_size": 8, "attack_steps": 0}
+        lowest = {"num_experts": 2, "batch": 1, "image_size": 8, "attack_steps": 0}
         lowest |= {"attacked": 2, "epochs": 2}
         whole = (*lowest, "updates", "rounds", "threads")
         for key in whole:
@@ -87,12 +91,13 @@ class Settings:
         torch.manual_seed(0)
         return self._kind(num_experts, ratio).build(CLASSES, self.image_size).to(self.device)
 
-    def images(self) -> tuple[Tensor, Tensor]:
-        """Draw random images in [0, 1] and labels."""
+    def images(self, least: int = 1) -> tuple[Tensor, Tensor]:
+        """Draw random images in [0, 1] and labels, at least so many."""
+        batch = max(least, self.batch)
         generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, 3, self.image_size, self.image_size)
+        shape = (batch, 3, self.image_size, self.image_size)
         x_BCHW = torch.rand(shape, generator=generator)
-        y_B = torch.randint(CLASSES, (self.batch,), generator=generator)
+        y_B = torch.randint(CLASSES, (batch,), generator=generator)
         return x_BCHW.to(self.device), y_B.to(self.device)
 
 

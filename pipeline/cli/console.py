@@ -175,6 +175,8 @@ class Follower:
                 self.say(f"  {check.status} {check.name}: {check.words}")
         if verdict.worst != verdict.status:
             self.say(f"  the number to quote, test/ra_worst, is {verdict.worst}")
+        if verdict.reading:
+            self.say(f"  test/ra_worst is {verdict.reading}")
 
 
 def results_table(title: str, metrics: Mapping[str, float]) -> Table:

@@ -158,16 +158,18 @@ def fit_on_ray(
 
 
 def log_model(config: Config, folder: Path, tracker: Tracker) -> None:
-    """Log the best model to MLflow in its exportable form, with its signature."""
+    """Log the best model to MLflow in its form for batches, with its signature."""
     import torch
 
-    from moe.export import exportable
-    from pipeline.checkpoint import load_model
+    from moe.sorted_graph import loggable
+    from pipeline.checkpoint import class_names_of, load_model
 
-    model = exportable(load_model(folder / "checkpoints" / "best"))
+    best = folder / "checkpoints" / "best"
+    logits, classifier = loggable(load_model(best))
     size = config.dataset.image_size
     generator = torch.Generator().manual_seed(config.seed)
-    tracker.log_model(model, torch.rand(4, 3, size, size, generator=generator).numpy())
+    example_BCHW = torch.rand(4, 3, size, size, generator=generator).numpy()
+    tracker.log_model(logits, example_BCHW, classifier=classifier, labels=class_names_of(best))
 
 
 def write_result(folder: Path, metrics: Mapping[str, float], tracker: Tracker, sha256: str) -> None:

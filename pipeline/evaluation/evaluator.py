@@ -18,12 +18,13 @@ from pipeline.config.overrides import name_of
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images, even_subset
 from pipeline.measures import Evaluation, Measure
+from pipeline.measures.base import role_of
 from pipeline.measures.outcomes import counts
 from pipeline.measures.routing_change import expert_overlap, flip_rates
 from pipeline.measures.runner import Verdicts, summarize
 from pipeline.measures.sanity.checks import Evidence
 from pipeline.measures.sanity.leaderboard import reference
-from pipeline.measures.sanity.probe_attacks import Planted, contrasts, facts, over_eps
+from pipeline.measures.sanity.probe_attacks import Planted, contrasts, facts_around, over_eps
 from pipeline.measures.sanity.verdict import Verdict, decide
 from pipeline.measures.tiers import Tier
 
@@ -114,6 +115,8 @@ def examine(
     probed = sides["contrasts"].correct["noise"] if "contrasts" in sides else None
     planted = sides["planted"].correct["planted"] if "planted" in sides else None
     few = to_float(job.images.pixels_NCHW[:FACT_IMAGES].to(device))
+    labels_B = job.images.labels_N[:FACT_IMAGES].to(device)
+    seen = facts_around(fold(model.to(device)), few, labels_B, threat.attack(threat.steps))
     evidence = Evidence(
         threat=threat,
         num_classes=config.dataset.num_classes,
@@ -123,7 +126,8 @@ def examine(
         probes=found,
         probed_M=None if probed is None else some_rows(job.images, len(probed)),
         planted=planted,
-        facts=facts(fold(model.to(device)), few),
+        roles={name: role_of(measure) for name, measure in job.measures.items()},
+        facts=seen,
         reference=reference(
             name_of("dataset", config.dataset),
             name_of("backbone", config.backbone),

@@ -21,6 +21,7 @@ from pipeline.config.overrides import flatten, name_of
 from pipeline.evaluation.evaluator import Findings, waterfall
 from pipeline.evaluation.plots import plot_over_eps, plot_waterfall
 from pipeline.evaluation.route_plots import plot_class_load, plot_flips, plot_margins
+from pipeline.measures import PACKAGED
 from pipeline.measures.outcomes import counts
 from pipeline.measures.routing_change import flip_matrix
 from pipeline.measures.sanity.verdict import Verdict
@@ -33,7 +34,7 @@ def card(config: Config, found: Findings, sha256: str) -> str:
     parts = [
         [f"# {config.name}", "", *verdict_lines(found.verdict)],
         ["## Numbers", "", *table(found.metrics)],
-        ["## Waterfall", "", *waterfall_lines(found)],
+        ["## Waterfall", "", *headline_lines(found), *waterfall_lines(found)],
         ["## Checks", "", *check_lines(found.verdict)],
         ["## Conditions", "", conditions(config, found), "", provenance(config, sha256)],
         ["```json", json.dumps(flatten(config), indent=2), "```", ""],
@@ -46,6 +47,8 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     lines = [f"Verdict: **{verdict.status}**" + (f": {verdict.why}" if verdict.why else ".")]
     if verdict.worst != verdict.status:
         lines.append(f"The number to quote, `test/ra_worst`, is {verdict.worst}.")
+    if verdict.reading:
+        lines.append(f"Read it as {verdict.reading}.")
     return lines
 
 
@@ -59,6 +62,18 @@ def table(metrics: Mapping[str, float]) -> list[str]:
         shown = "" if None in band else f"{band[0]:.4f} to {band[1]:.4f}"
         lines.append(f"| {name} | {value:.6g} | {shown} |")
     return lines
+
+
+def headline_lines(found: Findings) -> list[str]:
+    """Name the worst case and the attack that alone leaves the fewest images standing."""
+    worst_N = found.main.worst
+    attacks = {name: int(hits.sum()) for name, hits in found.main.whole.items() if counts(name)}
+    if worst_N is None or not attacks:
+        return []
+    n, hits = len(worst_N), int(worst_N.sum())
+    name = min(attacks, key=lambda key: attacks[key])
+    text = f"Worst case {100 * hits / n:.1f}% of {n} images, over all attacks; the strongest single"
+    return [f"{text} one is `{name}` ({100 * attacks[name] / n:.1f}%).", ""]
 
 
 def waterfall_lines(found: Findings) -> list[str]:
@@ -128,7 +143,17 @@ def claim(config: Config, found: Findings) -> dict[str, Any]:
             f"image by image, over {', '.join(name for name, *_ in waterfall(found.main)[1:])}."
         ),
         "unreliable": found.verdict.worst != "reliable",
+        "adaptive": percent(adaptive_worst(found)),
     }
+
+
+def adaptive_worst(found: Findings) -> float | None:
+    """Share that stands against all attacks but those of the AutoAttack package; None if none."""
+    hits = [h for name, h in found.main.correct.items() if counts(name) and name not in PACKAGED]
+    if not hits:
+        return None
+    clean = [found.main.correct["sa"]] if "sa" in found.main.correct else []
+    return float(torch.stack([*clean, *hits]).all(0).double().mean())
 
 
 def architecture(config: Config) -> str:

@@ -64,7 +64,8 @@ def write_programs(
     if not loadable:
         raise ValueError(f"none of {', '.join(forms)} could be written")
     shutil.copyfile(moe.exported_model.__file__, folder / "load.py")
-    hashed = [file.name for file in folder.iterdir() if file.suffix in (".pt2", ".safetensors")]
+    kinds = (".pt2", ".onnx", ".safetensors")
+    hashed = [file.name for file in folder.iterdir() if file.suffix in kinds]
     facts = {
         "image_size": size,
         "num_classes": config.dataset.num_classes,

@@ -5,6 +5,7 @@ from pipeline.measures.auto_attack import AutoAttack, AutoAttackSurrogate, Squar
 from pipeline.measures.base import Attacked, Measure
 from pipeline.measures.fixed_route import FreeChoice, OneExpert
 from pipeline.measures.forced_route import ForcedRoute, ForcedRouteAPGD, ForcedRouteSweep
+from pipeline.measures.gate_queries import GateQueries
 from pipeline.measures.gradient_attack import (
     AutoPGD,
     AutoPGDRatio,
@@ -43,6 +44,7 @@ MEASURES: dict[str, type[Measure]] = {
     "ra_grid": OnGrid,
     "ra_hidden": HiddenGradients,
     "ra_queries": Queries,
+    "ra_gate_queries": GateQueries,
     "ra_noise": RandomNoise,
     "ra_vmoe": SmallSteps,
     "ra_other_routes": OtherRoutes,
@@ -64,6 +66,7 @@ ROUTED = (
     "ra_adaptive",
     "ra_aa_surrogate",
     "ra_other_routes",
+    "ra_gate_queries",
     "ra_floor",
     "ra_each",
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.measures.base import Attacked, is_correct, untouched
+from pipeline.measures.base import Attacked, Role, is_correct, untouched
 from pipeline.measures.gradient_attack import AutoPGDTargeted
 from pipeline.measures.soft_gates import relaxed, soft_backward
 
@@ -49,6 +49,7 @@ class AutoAttack:
         ValueError: ``pyautoattack`` is not installed, or there is no step or query.
     """
 
+    role: ClassVar[Role] = "mixed"
     attack: PGD = PGD(steps=100)
     steps: int = STEPS
     queries: int = field(default_factory=lambda: QUERIES)
@@ -86,6 +87,7 @@ class AutoAttackSurrogate:
         ValueError: ``pyautoattack`` is not installed.
     """
 
+    role: ClassVar[Role] = "mixed"
     attack: PGD = PGD(steps=100)
     seed: int = 0
 
@@ -112,6 +114,7 @@ class Square:
         ValueError: ``pyautoattack`` is not installed, or there is no query.
     """
 
+    role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
     queries: int = 1000
     seed: int = 0

@@ -6,7 +6,7 @@ Shapes: B images, K classes, A images still standing, CHW channels and sides.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ class Attacked(NamedTuple):
 
     correct_B: Tensor
     x_adv: Tensor
+
+
+Role = Literal["white_box", "black_box", "transfer", "mixed"]
+"""What an attack sees of the model: its gradients, its answers, another network's gradients; mixed
+is an ensemble with both (AutoAttack)."""
+
+
+def role_of(measure: object) -> Role:
+    """Read a measure's role, a class attribute ``role``; white box where it has none."""
+    role: Role = getattr(measure, "role", "white_box")
+    return role
 
 
 class Measure(Protocol):

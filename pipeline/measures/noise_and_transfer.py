@@ -1,12 +1,13 @@
 """What needs no gradient of the model: noise, and images made on another network."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
-from pipeline.measures.base import Attacked, break_images, is_correct, untouched
+from pipeline.measures.base import Attacked, Role, break_images, is_correct, untouched
 from pipeline.optimization.losses import margin_per_image
 
 
@@ -14,6 +15,7 @@ from pipeline.optimization.losses import margin_per_image
 class RandomNoise:
     """RA under uniform noise in the same ball, one draw a restart: weaker than any attack."""
 
+    role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
@@ -35,6 +37,7 @@ class Transfer:
             them a network.
     """
 
+    role: ClassVar[Role] = "transfer"
     source: Network
     attack: PGD = PGD(steps=50)
     origin: str = ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from moe.network import Network
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.attacks.random_search import RandomSearch
-from pipeline.measures.base import Attacked, is_correct
+from pipeline.measures.base import Attacked, Role, is_correct
 from pipeline.optimization.losses import margin_per_image
 
 
@@ -21,6 +22,7 @@ class Queries:
         queries: Evaluations of the model for each image.
     """
 
+    role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
     queries: int = 200
 

@@ -59,7 +59,7 @@ TIERS = {
         measures=(
             *("sa", "ra_pgd", "ra_pgd_margin", "ra_apgd", "ra_apgd_t"),
             *("ra_forced", "ra_forced_apgd", "ra_router", "ra_expert", "ra_adaptive"),
-            *("ra_surrogate_apgd", "ra_grid", "ra_hidden", "ra_queries"),
+            *("ra_surrogate_apgd", "ra_grid", "ra_hidden", "ra_queries", "ra_gate_queries"),
             *("ra_aa", "ra_aa_surrogate", "ra_square", "ra_noise"),
             *("ra_each", "ra_floor"),
         ),

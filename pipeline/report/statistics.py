@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 SEEDS, IMAGES, BOTH = "seeds", "images", "seeds and images"
+EQUAL = "equal seeds"
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ def estimate(values: Sequence[float], low: float = math.nan, high: float = math.
 def difference(a: Estimate, b: Estimate) -> Difference:
     """Subtract ``b`` from ``a``.
 
-    Several runs on both sides: Welch's interval, ``t`` with Satterthwaite's degrees of freedom
-    (Welch, Biometrika 34, 1947). Otherwise Newcombe's hybrid of the two intervals (Statistics in
-    Medicine 17, 1998, method 10): ``d - sqrt((a - l_a)^2 + (u_b - b)^2)`` to
+    Without any spread on both sides there is no interval: it would be a point, which says that
+    seeds never differ. Several runs on both sides otherwise: Welch's interval, ``t`` with
+    Satterthwaite's degrees of freedom (Welch, Biometrika 34, 1947). Otherwise Newcombe's hybrid of
+    the two intervals (Statistics in Medicine 17, 1998, method 10):
+    ``d - sqrt((a - l_a)^2 + (u_b - b)^2)`` to
     ``d + sqrt((u_a - a)^2 + (b - l_b)^2)``, which for single runs is his interval for two
     proportions from Wilson's. It takes the two for independent; models are judged on the same
     images, which as a rule makes the true interval narrower.
@@ -93,6 +96,8 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
     value = a.mean - b.mean
     if a.n > 1 and b.n > 1:
+        if a.std == b.std == 0:
+            return Difference(value, math.nan, math.nan, EQUAL)
         return Difference(value, *_interval(ttest_ind, a.values, b.values, equal_var=False), SEEDS)
     low = value - math.hypot(a.mean - a.low, b.high - b.mean)
     high = value + math.hypot(a.high - a.mean, b.mean - b.low)

@@ -12,15 +12,16 @@ from pathlib import Path
 from pipeline.cli.console import aligned
 from pipeline.presets.paper_grid import ROWS
 from pipeline.report.grouping import ReportBlock, ResultRow
-from pipeline.report.statistics import BOTH, IMAGES, SEEDS, Difference, Estimate
+from pipeline.report.statistics import BOTH, EQUAL, IMAGES, SEEDS, Difference, Estimate
 
 FOOT = {
     SEEDS: "s: over seeds, on the same images (Welch's t)",
     IMAGES: "i: over images, of single runs (Newcombe's, from Wilson intervals; it takes the two "
     "models' images for independent)",
+    EQUAL: "e: no interval, since the seeds of either side are equal to each other",
     BOTH: "m: seeds of the one (t), images of the other (Wilson), by Newcombe's formula",
 }
-MARK = {SEEDS: "s", IMAGES: "i", BOTH: "m"}
+MARK = {SEEDS: "s", IMAGES: "i", EQUAL: "e", BOTH: "m"}
 COSTS = ("cost/gmac", "cost/params", "cost/images_per_second")
 
 
@@ -114,6 +115,8 @@ def points(gain: Difference | None) -> str:
     """Write a difference in percentage points, with its interval and what that is over."""
     if gain is None:
         return "-"
+    if gain.over == EQUAL:
+        return f"{100 * gain.value:+.1f} (no interval){MARK[EQUAL]}"
     if math.isnan(gain.low):  # of a run without an interval
         return f"{100 * gain.value:+.1f}"
     ends = f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}"

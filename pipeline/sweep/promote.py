@@ -214,16 +214,25 @@ def log_from_checkpoint(client: Any, uri: str, trial: Trial) -> str:
     """Log the model of a trial's best checkpoint, as the end of a run does; return its URI."""
     import torch
 
-    from moe.export import exportable
+    from moe.sorted_graph import loggable
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = download(uri, trial.run.run_id, "checkpoints/best", Path(scratch), "")
-            model = exportable(checkpoint.load_model(folder))
+            logits, classifier = loggable(checkpoint.load_model(folder))
+            labels = checkpoint.class_names_of(folder)
             config = checkpoint.load_config(folder)
         except (ValueError, checkpoint.CheckpointError) as error:
             raise UnfitError(f"trial {trial.number} left no model to promote: {error}") from error
     size = config.dataset.image_size
     generator = torch.Generator().manual_seed(config.seed)
     example_BCHW = torch.rand(4, 3, size, size, generator=generator).numpy()
-    return log_torch_model(uri, trial.run.run_id, model, example_BCHW, "model")
+    return log_torch_model(
+        uri,
+        trial.run.run_id,
+        logits,
+        example_BCHW,
+        "model",
+        classifier=classifier,
+        labels=labels,
+    )

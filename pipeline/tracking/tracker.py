@@ -173,13 +173,20 @@ class Tracker:
         return [path for path in paths if path in lost]
 
     def log_model(
-        self, exported_module: "nn.Module", example_BCHW: "np.ndarray", name: str = "model"
+        self,
+        exported_module: "nn.Module",
+        example_BCHW: "np.ndarray",
+        name: str = "model",
+        *,
+        classifier: "nn.Module | None" = None,
+        labels: Sequence[str] = (),
     ) -> bool:
         """Write down a model that torch.export can trace, and send it with the rest.
 
         Args:
             exported_module: Maps images to one tensor, in eval mode.
             example_BCHW: At least two images, float32: torch.export fixes a batch of one.
+            classifier, labels: Of the ``pyfunc`` flavour, see ``write_model``.
 
         Returns:
             Whether it could be traced.
@@ -190,7 +197,13 @@ class Tracker:
         if len(example_BCHW) < 2:
             raise ValueError(f"example_BCHW needs at least 2 images, got {len(example_BCHW)}")
         try:
-            write_model(self.folder / name, exported_module, example_BCHW)
+            write_model(
+                self.folder / name,
+                exported_module,
+                example_BCHW,
+                classifier=classifier,
+                labels=labels,
+            )
         except Exception as error:  # a model that cannot be logged must not fail a trained run
             LOG.warning("no model logged: %s", self._sender.say(error))
             return False

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pipeline.measures.base import Role
 from pipeline.measures.confidence import wilson
 from pipeline.measures.outcomes import Outcome, counts
 from pipeline.measures.sanity.leaderboard import Reference
@@ -23,7 +24,6 @@ from pipeline.measures.sanity.probe_attacks import FACTORS, Facts, at_eps
 from pipeline.measures.threat import Evaluation
 
 FEW = 3  # images that a difference needs, whatever its share
-BLACK_BOX = ("ra_square", "ra_queries", "ra_transfer")
 UNFAITHFUL = 15.0  # points of images; honest networks have up to 3, see docs/evaluation.md
 REPEATED, BATCHED, NORMALIZED = 1e-4, 1e-2, 1e-3  # rounding of GPUs stays far below these
 
@@ -40,6 +40,7 @@ class Evidence:
         probes: By name, which of the probed images stand
         (``pipeline.measures.sanity.probe_attacks``).
         probed_M: Rows of the N images that were probed.
+        roles: By metric, what each attack sees of the model; white box where nothing is said.
         planted: Where the attack missed a planted point.
         facts: Of the model's outputs.
         reference: The best public result for this size and data.
@@ -53,6 +54,7 @@ class Evidence:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     probes: Mapping[str, Tensor] = field(default_factory=dict)
     probed_M: Tensor | None = None
+    roles: Mapping[str, Role] = field(default_factory=dict)
     planted: Tensor | None = None
     facts: Facts | None = None
     reference: Reference | None = None
@@ -240,8 +242,9 @@ def unbounded(e: Evidence) -> CheckResult | None:
 
 def black_box(e: Evidence) -> CheckResult | None:
     """Attacks without gradients break next to nothing that gradients do not."""
-    black = [e.correct[name] for name in e.correct if is_black_box(name)]
-    white_N = white_box(e.correct)
+    blind = ("black_box", "transfer")
+    black = [h for k, h in e.correct.items() if counts(k) and e.roles.get(k) in blind]
+    white_N = white_box(e)
     if white_N is None:
         return None
     found = []
@@ -259,18 +262,12 @@ def _beaten(white_N: Tensor, black_N: Tensor, who: str) -> CheckResult:
     return CheckResult(not exceeds(won, n, 0.2), points(won, n), 0.2, text)
 
 
-def is_black_box(name: str) -> bool:
-    """Tell the attacks that see no gradient of the model: Square, and images of other networks."""
-    return name.startswith(BLACK_BOX)
-
-
-def white_box(correct: Mapping[str, Tensor]) -> Tensor | None:
+def white_box(e: Evidence) -> Tensor | None:
     """Which images stand against all attacks by the model's own gradients; None: none was made."""
-    mixed = ("ra_aa",)  # AutoAttack has a Square of its own
     white = [
         hits
-        for name, hits in correct.items()
-        if counts(name) and not is_black_box(name) and name not in mixed
+        for name, hits in e.correct.items()
+        if counts(name) and e.roles.get(name, "white_box") == "white_box"
     ]
     return torch.stack(white).all(0) if white else None
 

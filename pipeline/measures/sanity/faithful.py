@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,14 +90,33 @@ def nearest_gap(model: Network, x_BCHW: Tensor) -> Objective:
     return gap
 
 
+class Foretold(NamedTuple):
+    """What a gradient foretells against what comes: rank correlation and slope, (B,) each."""
+
+    correlation_B: Tensor
+    slope_B: Tensor
+
+
 def is_faithful(
     height: Callable[[Tensor], Tensor], x_BCHW: Tensor, attack: PGD, noise: Draw
 ) -> Tensor:
     """Tell where a height changes as its gradient says: bool (B,).
 
-    Sixteen moves of one step of the attack, from right against the gradient to right along it:
-    each pixel goes with the gradient by a chance that is the move's. What the gradient foretells
-    for a move and what comes of it must correlate in rank, and be of one size.
+    What the gradient foretells for sixteen moves and what comes of them must correlate in rank, and
+    be of one size, see ``foretold``.
+    """
+    found = foretold(height, x_BCHW, attack, noise)
+    right_B = (found.slope_B >= SLOPE[0]) & (found.slope_B <= SLOPE[1])
+    return (found.correlation_B >= CORRELATION) & right_B
+
+
+def foretold(
+    height: Callable[[Tensor], Tensor], x_BCHW: Tensor, attack: PGD, noise: Draw
+) -> Foretold:
+    """Compare what the gradient foretells with what comes of sixteen moves.
+
+    Moves of one step of the attack, from right against the gradient to right along it: each pixel
+    goes with the gradient by a chance that is the move's.
     """
     gradient, clean_B = slope_of(height, x_BCHW), height(x_BCHW).detach()
     told, came = [], []
@@ -112,8 +132,7 @@ def is_faithful(
         told.append((gradient * (moved - x_BCHW)).flatten(1).sum(1))
     told_BJ, came_BJ = torch.stack(told, 1).double(), torch.stack(came, 1).double()
     slope_B = (told_BJ * came_BJ).sum(1) / told_BJ.square().sum(1)
-    fine_B = rank_correlation(told_BJ, came_BJ) >= CORRELATION
-    return fine_B & (slope_B >= SLOPE[0]) & (slope_B <= SLOPE[1])
+    return Foretold(rank_correlation(told_BJ, came_BJ), slope_B)
 
 
 def rank_correlation(a_BJ: Tensor, b_BJ: Tensor) -> Tensor:

@@ -24,12 +24,13 @@ from pipeline.measures.sanity.faithful import (
     RouterGradient,
 )
 from pipeline.measures.threat import Evaluation
-from pipeline.optimization.losses import cross_entropy_per_image
+from pipeline.optimization.losses import cross_entropy_per_image, margin_per_image
 
 FACTORS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # at 8/255: 0, 1, 2, 4, 6, 8, 12, 16
 CURVE_STEPS = 20
 UNBOUNDED = 0.5  # in L-inf: every image can become grey
 ALONE = 16  # images that are classified one by one
+ASCENT = 10  # steps to the attacked images that are looked at twice
 CANDIDATES = 8  # corners tried for a planted point
 SUCCESS = 2.0  # logit of a planted point
 
@@ -243,6 +244,26 @@ class Facts:
     batch: float
     flipped: int
     probability: float
+
+
+def facts_around(model: Network, x_BCHW: Tensor, y_B: Tensor, attack: PGD) -> Facts:
+    """Look at a frozen model's outputs on images and on the same images attacked.
+
+    A defence that throws dice for attacked images alone passes on the clean ones. Of the two the
+    larger difference counts; whether outputs are probabilities is told from the clean images.
+    """
+
+    def height(x: Tensor) -> Tensor:
+        return margin_per_image(model(x).logits, y_B) + 0 * x.flatten(1).sum(1)
+
+    moved = attack.ascend(height, x_BCHW, x_BCHW, steps=ASCENT)
+    clean, attacked = facts(model, x_BCHW), facts(model, moved)
+    return Facts(
+        max(clean.repeat, attacked.repeat),
+        max(clean.batch, attacked.batch),
+        max(clean.flipped, attacked.flipped),
+        clean.probability,
+    )
 
 
 def facts(model: Network, x_BCHW: Tensor) -> Facts:

@@ -66,6 +66,11 @@ NEEDED_WORST = (*NEEDED, "black_box")
 """Nor the worst case without these; ``router_gradient`` too where there is a router."""
 Status = Literal["reliable", "optimistic", "unreliable", "implausible", "unchecked"]
 
+READINGS: dict[str, str] = {
+    "unreliable": "an upper bound by these attacks, not a measurement",
+    "unchecked": "an upper bound by these attacks: not every check that it needs was made",
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -86,8 +91,16 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The verdict in one line."""
+        """The verdict in one line; of what is optimistic, first by how many points."""
+        over = next((c.value for c in self.checks if c.name == "gap"), None)
+        if self.status == "optimistic" and over is not None:
+            return f"optimistic: {over:.1f} points; {self.why}"
         return f"{self.status}: {self.why}" if self.why else self.status
+
+    @property
+    def reading(self) -> str:
+        """How to read the worst case where it is not reliable; empty where it is."""
+        return READINGS.get(self.worst, "")
 
     @property
     def tags(self) -> dict[str, str]:

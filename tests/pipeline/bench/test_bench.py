@@ -1,10 +1,12 @@
 """The bench command at a tiny size, and the plain update against the fast one. Never the time."""
 
 import copy
+import functools
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from pipeline.attacks.pgd import PGD
 from pipeline.bench import BENCHMARKS, LONG
 from pipeline.bench.__main__ import run
 from pipeline.bench.autoattack import median_radius
+from pipeline.bench.compiled import CompiledDispatch
 from pipeline.bench.masked import masked
 from pipeline.bench.plain import plain_adv_moe, plain_attack, plain_trades
 from pipeline.bench.race import Benchmark, RaceResult, Variant, race
@@ -182,7 +185,7 @@ def test_list_and_help_name_the_benchmarks_and_the_keys(
         (["inference", "step"], "at most 1 name"),
         (["batchsize=3"], "no key 'batchsize'; nearest: batch"),
         (["batch=many"], "batch must be a whole number, got 'many'"),
-        (["batch=1"], "batch must be at least 2, got 1"),
+        (["batch=0"], "batch must be at least 1, got 0"),
         (["rounds=0"], "rounds must be at least 1, got 0"),
         (["attack_share=2"], "attack_share must be above 0 and at most 1, got 2"),
         (["num_experts=1"], "num_experts must be at least 2, got 1"),
@@ -328,3 +331,37 @@ def test_speedup_is_the_median_of_the_turns_own_ratios() -> None:
     outcome = RaceResult(seconds={"ours": [1.0, 1.0, 9.0], "slow": [2.0, 3.0, 36.0]})
     assert outcome.speedup("ours", "slow") == 3.0
     assert outcome.median("slow") == 3.0
+
+
+def test_compiled_dispatch_answers_as_the_network(build: Callable[..., Network]) -> None:
+    """The ``eager`` backend traces the graph as any other does, and generates no code."""
+    model = build(num_experts=3, ratio=0.25)
+    x_BCHW = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    wanted = model(x_BCHW)
+    assert wanted.route.unique().numel() == 3
+    eager = functools.partial(torch.compile, backend="eager")
+    for compiler in (None, eager):
+        found = CompiledDispatch(model, torch.float32, compiler)
+        for batch in (1, 9):
+            with torch.no_grad():
+                logits_BK = found.logits(x_BCHW[:batch])
+            torch.testing.assert_close(logits_BK, wanted.logits[:batch], rtol=1e-4, atol=1e-5)
+    found.tree = {**found.tree, "experts": found.tree["experts"][::-1]}
+    assert not torch.allclose(found.logits(x_BCHW), wanted.logits, rtol=1e-2, atol=1e-2)
+
+
+def test_inference_prints_compiled_rows_and_ratios(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    one = ["batch=1" if word.startswith("batch") else word for word in TINY]
+    assert run(["inference", *one, "compiled=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "inference on 1 images" in shown
+    for name in ("mixture, compiled", "dense, compiled", "mixture, ours", "dense, plain"):
+        assert re.search(rf"{name}: \d+\.\d\d of the plain dense net's time", shown)
+
+
+def test_compiled_rows_need_pathways() -> None:
+    with pytest.raises(ValueError, match="every layer routes for itself"):
+        run(["inference", *TINY, "router_scope=per_layer", "compiled=true"])

@@ -93,6 +93,7 @@ def test_claim_has_the_fields_of_robustbench_and_null_for_what_nobody_measured()
     assert made["reported"] == f"{100 * found.metrics['test/ra_worst']:.2f}"
     assert made["eps"] == "8/255"
     assert made["unreliable"] == (found.verdict.worst != "reliable")
+    assert made["adaptive"] == made["reported"], "no attack of the AutoAttack package was made"
     assert [key for key, value in made.items() if value is None] == [
         *("link", "authors", "venue", "autoattack_acc")
     ]

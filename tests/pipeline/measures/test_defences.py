@@ -20,6 +20,8 @@ from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
 from pipeline.measures import MEASURES
 from pipeline.measures.base import Attacked, is_correct
+from pipeline.measures.forced_route import ForcedRoute
+from pipeline.measures.gate_queries import GateQueries, route_lead
 from pipeline.measures.gradient_attack import WhiteBox, WhiteBoxMargin
 from pipeline.measures.hidden_gradients import HiddenGradients, StraightThrough, takes
 from pipeline.measures.pixel_grid import OnGrid, judged_on_grid, rounded
@@ -31,6 +33,7 @@ from pipeline.measures.sanity.faithful import (
     RouterGradient,
     rank_correlation,
 )
+from pipeline.measures.sanity.probe_attacks import facts, facts_around
 from pipeline.seeding import ImageNoise
 from tests.helpers import defences
 
@@ -235,6 +238,50 @@ def test_router_is_looked_at_far_from_a_boundary_and_near() -> None:
         assert stand(FaithfulRouter, wrong, split) < 0.5 * COUNT
 
 
+def stepped(levels: int) -> Callable[[Tensor], Tensor]:
+    """Scores of two experts by the mean pixel, in steps: no gradient."""
+
+    def scores(x: Tensor) -> Tensor:
+        height_B = (levels * (x.flatten(1).mean(1) - 0.5)).round() + 0.5
+        return torch.stack([-height_B, height_B], 1)
+
+    return scores
+
+
+def test_gate_without_a_gradient_is_reached_by_queries() -> None:
+    """The second expert is always wrong on these labels: who reaches it breaks the image."""
+    first = linear()
+    wrong = defences.dense(lambda x: -first(x).logits)
+    robust = defences.dense(lambda x: first(x.round()).logits)
+    mixture = defences.routed(stepped(1000), robust, wrong)
+    x_BCHW = to_float(images(first).pixels_NCHW)
+    level_B111 = x_BCHW.mean((1, 2, 3), keepdim=True)
+    dark = (x_BCHW - level_B111 + 0.49).clamp(0, 1)  # of the first expert, near the second
+    labels_B = robust(dark).logits.argmax(1)
+    assert (mixture(dark).route == 0).all()
+    noise = ImageNoise(0, torch.arange(len(dark)))
+    blind = ForcedRoute(attack=ATTACK)(fold(mixture), dark, labels_B, noise)
+    found = GateQueries(attack=ATTACK)(fold(mixture), dark, labels_B, noise)
+    assert found.correct_B.sum() <= 0.2 * len(dark)
+    assert found.correct_B.sum() < blind.correct_B.sum()
+    assert torch.equal(found.correct_B, is_correct(mixture, found.x_adv, labels_B))
+    assert ((found.x_adv - dark).abs() <= ATTACK.eps + 1e-6).all()
+
+
+def test_lead_is_positive_on_the_route_and_negative_elsewhere() -> None:
+    mixture = defences.routed(stepped(20), linear(), linear(seed=2))
+    x_BCHW = to_float(images(linear()).pixels_NCHW)
+    route_B = mixture(x_BCHW).route
+    assert (route_lead(mixture, route_B)(x_BCHW) > 0).all()
+    assert (route_lead(mixture, 1 - route_B)(x_BCHW) < 0).all()
+
+
+def test_gate_queries_refuse_what_asks_nothing() -> None:
+    for fields in ({"queries": 0}, {"samples": 0}, {"width": 0.0}):
+        with pytest.raises(ValueError, match="must be"):
+            GateQueries(**fields)
+
+
 def test_rank_correlation_of_known_rows() -> None:
     a_BJ = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     b_BJ = torch.tensor([[10.0, 20, 40, 80], [4, 3, 2, 1], [7, 7, 7, 7]])
@@ -245,3 +292,19 @@ def test_rank_correlation_of_known_rows() -> None:
 
 def test_all_of_them_can_be_asked_for() -> None:
     assert {"ra_grid", "ra_hidden", "ra_queries"} <= MEASURES.keys()
+
+
+def test_dice_on_attacked_images_alone_are_seen() -> None:
+    net = linear()
+
+    def thrown(x: Tensor) -> Tensor:
+        off_B = (255 * x - (255 * x).round()).abs().flatten(1).amax(1) > 1e-3
+        found: Tensor = net(x).logits
+        return found + off_B[:, None] * torch.randn_like(found)
+
+    split, attack = images(net), ATTACK
+    x_BCHW = to_float(split.pixels_NCHW)
+    model = fold(defences.dense(thrown))
+    assert facts(model, x_BCHW).repeat == 0
+    assert facts_around(model, x_BCHW, split.labels_N, attack).repeat > 1e-2
+    assert facts_around(fold(net), x_BCHW, split.labels_N, attack).repeat == 0

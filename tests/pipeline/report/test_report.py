@@ -18,6 +18,7 @@ from pipeline.report.__main__ import run
 from pipeline.report.grouping import blocks_of
 from pipeline.report.runs import find
 from pipeline.report.statistics import difference, estimate
+from pipeline.report.tables import points
 from pipeline.tracking import EVALUATED
 
 IMAGES = 1000
@@ -122,9 +123,14 @@ def test_difference_of_seeds_and_a_single_run_takes_each_side_s_own_interval() -
     assert (back.low, back.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
 
 
-def test_equal_seeds_have_no_spread() -> None:
+def test_seeds_without_spread_are_refused_an_interval() -> None:
     found = difference(estimate([0.5, 0.5]), estimate([0.4, 0.4]))
-    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert found.value == pytest.approx(0.1)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert points(found) == "+10.0 (no interval)e"
+    one_sided = difference(estimate([0.5, 0.5]), estimate([0.4, 0.42]))
+    assert one_sided.low < one_sided.value < one_sided.high
 
 
 # What is read

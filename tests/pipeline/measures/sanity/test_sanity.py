@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,11 +23,13 @@ from moe.routing import Routing
 from pipeline.attacks.pgd import PGD, Draw
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
-from pipeline.measures import PACKAGED, Evaluation, Measure
-from pipeline.measures.base import Attacked, break_images, is_correct
+from pipeline.measures import MEASURES, PACKAGED, Evaluation, Measure
+from pipeline.measures.base import Attacked, Role, break_images, is_correct, role_of
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.gradient_attack import Clean, WhiteBox
+from pipeline.measures.noise_and_transfer import Transfer
 from pipeline.measures.runner import judge
+from pipeline.measures.sanity import checks
 from pipeline.measures.sanity.checks import Evidence, exceeds
 from pipeline.measures.sanity.leaderboard import REFERENCES, reference
 from pipeline.measures.sanity.probe_attacks import (
@@ -179,6 +181,7 @@ class Cached:
 class Search:
     """A black box: tries another corner pixel by pixel, and keeps what lowers the margin."""
 
+    role: ClassVar[Role] = "black_box"
     attack: PGD
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
@@ -250,6 +253,7 @@ def evidence(
             ).correct,
         },
         probed_M=torch.arange(len(split)),
+        roles={name: role_of(measure) for name, measure in (more or {}).items()},
         planted=outcome({"planted": Planted(attack=attack, make=make)}, 16).correct["planted"],
         facts=facts(fold(model), to_float(split.pixels_NCHW[:32])),
     )
@@ -334,6 +338,27 @@ def test_healthy_twin_passes_every_check(model: Network) -> None:
     assert set(statuses.values()) == {"pass"}
 
 
+def test_wins_of_a_black_box_are_told_by_its_role_and_not_its_name() -> None:
+    """Images made on a half of a dual model are a transfer under any name, and hide no wins."""
+    hidden = torch.arange(COUNT) < COUNT // 2
+    correct = {"ra_pgd20": torch.ones(COUNT, dtype=torch.bool), "ra_made_up": hidden}
+    correct["ra_square"] = hidden
+    roles = {"ra_pgd20": "white_box", "ra_made_up": "transfer", "ra_square": "black_box"}
+    seen = checks.black_box(Evidence(THREAT, CLASSES, correct, roles=roles))  # type: ignore[arg-type]
+    assert seen is not None
+    assert not seen.ok
+    blind = dict(roles, ra_made_up="white_box")
+    seen = checks.black_box(Evidence(THREAT, CLASSES, correct, roles=blind))  # type: ignore[arg-type]
+    assert seen is not None
+    assert seen.ok, "the twin: taken for a white box, it hides what Square wins"
+    made = measures_of(MEASURES, THREAT, num_experts=2)
+    told = {name: role_of(measure) for name, measure in made.items()}
+    assert {n for n, role in told.items() if role == "black_box"} == {
+        *("ra_square", "ra_queries", "ra_noise")
+    }
+    assert Transfer.role == "transfer"
+
+
 def test_gradient_that_sees_a_quarter_of_the_pixels_does_not_say_what_happens() -> None:
     """A black box wins over it, and counts into the worst case: the gap is told as well."""
     more = {"ra_square": Search(THREAT.attack(1))}
@@ -365,7 +390,9 @@ def test_verdict_says_which_number_flatters_and_which_attack_shows_it() -> None:
     more = {"ra_forced": ForcedRoute(attack=threat.attack(20))}
     split = analytic.route_flip_images(32)
     text = decide(evidence(analytic.route_flip(), split, threat=threat, more=more)).text
-    assert text.startswith("optimistic: gap: ra_pgd20 100.0% is 100.0 points above the worst case")
+    assert text.startswith(
+        "optimistic: 100.0 points; gap: ra_pgd20 100.0% is 100.0 points above the worst case"
+    )
     assert "quote ra_worst; what ra_pgd20 leaves is broken by ra_forced (32 images)" in text
 
 

@@ -1,0 +1,1 @@
+"""Serving of a trained model over HTTP, by Ray Serve."""
