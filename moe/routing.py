@@ -59,7 +59,7 @@ class Route:
         order_B: Sorted position to batch position; ties keep the order of the batch.
         inverse_B: Batch position to sorted position.
         counts: Images per expert, one host number each.
-        gate_B1: Gates of the chosen experts in sorted order, all ones; they carry the
+        gate_B: Gates of the chosen experts in sorted order, all ones; they carry the
             straight-through gradient to the scores, or nothing where the scores need none.
         chosen_B: Expert of each image, in the order of the batch.
     """

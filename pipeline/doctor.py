@@ -134,7 +134,7 @@ def versions() -> Finding:
 def authentication(address: str) -> Finding:
     """Look at whether Ray's token will be sent, and which."""
     mode, token = os.environ.get("RAY_AUTH_MODE", ""), ray_token()
-    told = f"RAY_AUTH_MODE={mode or '(unset)'}, {'a' if token else 'no'} token"
+    seen = f"RAY_AUTH_MODE={mode or '(unset)'}, {'a' if token else 'no'} token"
     fix = ""
     if mode not in ("", "token", "disabled", "k8s"):
         fix = "RAY_AUTH_MODE is token or disabled"
@@ -148,7 +148,7 @@ def authentication(address: str) -> Finding:
         and not is_loopback(address if "//" in address else f"//{address}")
     ):
         fix = "RAY_AUTH_MODE=token: whoever reaches the head can run code there"
-    return Finding("authentication", told, fix)
+    return Finding("authentication", seen, fix)
 
 
 def dashboard(url: str, found: Dashboard) -> Finding:
@@ -219,7 +219,7 @@ def interpreters(nodes: list[Node]) -> Finding:
     said = sorted({node.python for node in nodes if node.python})
     bad = [text for text in said if not all(word in text for word in want)]
     fix = f"activate the environment ({', '.join(want)}) before ray start" if bad else ""
-    return Finding("interpreter", "; ".join(said) or "no node told", fix)
+    return Finding("interpreter", "; ".join(said) or "no node answered", fix)
 
 
 if __name__ == "__main__":

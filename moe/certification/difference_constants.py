@@ -61,7 +61,7 @@ def sampled_constant(
     2020, arXiv:2003.02460, who move one of them). The best pair seen counts.
 
     Args:
-        function: One number an image.
+        function: One number per image.
         eps: Radius of the ball around each image, in pixel units.
         steps: Gradients.
     """

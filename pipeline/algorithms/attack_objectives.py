@@ -17,7 +17,7 @@ from pipeline.attacks import Objective
 from pipeline.optimization.losses import cross_entropy_per_image, kl_per_image
 
 Aim = Callable[[Network, Tensor], Objective]
-"""From a frozen model and clean images to what the attack raises, one value an image."""
+"""From a frozen model and clean images to what the attack raises, one value per image."""
 AimKind = Literal["kl", "ce"]
 """Which of the two an attack raises: the divergence from the clean answer, or the error."""
 

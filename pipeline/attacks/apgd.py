@@ -21,7 +21,7 @@ MOMENTUM = 0.25  # share of the last move in the next one
 
 @dataclass(frozen=True, kw_only=True)
 class APGD:
-    """Auto-PGD: raise a function of the images, one value an image, inside a ball around each.
+    """Auto-PGD: raise a function of the images, one value per image, inside a ball around each.
 
     ``z = project(x_k + s * direction(grad))``,
     ``x_{k+1} = project(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))``, with ``s = 2 eps`` at first.
@@ -115,7 +115,7 @@ def like(attack: PGD) -> APGD:
 
 @dataclass
 class Climb:
-    """An APGD attack on the way. Everything but the counts is one row an image.
+    """An APGD attack on the way. Everything but the counts is one row per image.
 
     Attributes:
         x_BCHW, now, old, best: Clean images, the last two iterates, and the best seen.
@@ -209,7 +209,7 @@ class Climb:
             total = height_B.sum()
         if height_B.shape != (len(now),):
             raise ValueError(
-                "APGD needs an objective with one value an image, "
+                "APGD needs an objective with one value per image, "
                 f"got shape {tuple(height_B.shape)} for {len(now)} images"
             )
         if slope:

@@ -48,7 +48,7 @@ class PGD:
     2018, arXiv:1706.06083); the direction is the sign for L-inf, the normalized gradient for L2.
     ``direction`` is a method, so that momentum is a subclass of a few lines. The objective says
     what is attacked (the classifier, the router, one expert): no new target
-    needs a new attack. It returns one number or one an image; restarts need the latter.
+    needs a new attack. It returns one number or one per image; restarts need the latter.
 
     Attributes:
         eps, step_size: Radius and step in pixel units of [0, 1] (in L2 of the whole image).
@@ -150,7 +150,7 @@ class PGD:
 
 @dataclass
 class March:
-    """A PGD attack on the way, one row an image; see ``pipeline.attacks.Walk``."""
+    """A PGD attack on the way, one row per image; see ``pipeline.attacks.Walk``."""
 
     attack: PGD
     x_BCHW: Tensor
@@ -179,7 +179,7 @@ def highest(
     """Return, for each image, the try with the highest objective; the first of equals.
 
     Raises:
-        ValueError: There are restarts, and the objective has not one value an image.
+        ValueError: There are restarts, and the objective has not one value per image.
     """
     best = next(tries)
     if restarts == 1:
@@ -197,7 +197,7 @@ def _heights(objective: Callable[[Tensor], Tensor], x_BCHW: Tensor, restarts: in
         heights = objective(x_BCHW)
     if heights.shape != (len(x_BCHW),):
         raise ValueError(
-            f"restarts={restarts} needs an objective with one value an image, "
+            f"restarts={restarts} needs an objective with one value per image, "
             f"got shape {tuple(heights.shape)} for {len(x_BCHW)} images"
         )
     return heights

@@ -19,7 +19,7 @@ HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)  # of the share, in ten t
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSearch(CheckedFields):
-    """Raise an objective, one value an image, by patches at random places of the ball's surface.
+    """Raise an objective, one value per image, by patches at random places of the ball's surface.
 
     It begins with stripes of one pixel's width, and keeps a square of a new sign per channel where
     that raises the objective; the squares shrink on the paper's schedule (Andriushchenko et al.,
@@ -28,7 +28,7 @@ class RandomSearch(CheckedFields):
 
     Attributes:
         eps, norm: As in ``PGD``.
-        queries: Evaluations of the objective for each image, the start included.
+        queries: Evaluations of the objective per image, the start included.
         share: Of the pixels in the first squares.
     """
 

@@ -219,7 +219,7 @@ def table(found: Mapping[str, CertificateResult]) -> list[tuple[str, ...]]:
 
 
 def write(found: Mapping[str, CertificateResult], images: Images, folder: Path) -> None:
-    """Write ``certificates.csv``, one row an image and kind, and ``plots/certified_<norm>.png``."""
+    """Write ``certificates.csv``, a row per image and kind, and ``plots/certified_<norm>.png``."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     with (folder / "certificates.csv").open("w", newline="") as file:
         writer = csv.writer(file)

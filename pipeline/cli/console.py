@@ -41,7 +41,7 @@ TITLES = {
     "route/flip_rate_broken": "of the images that it broke",
     "route/flip_rate_surviving": "of the robust ones",
     "route/overlap": "overlap of the experts before and after (IoU)",
-    "cost/gmac": "GMAC an image, router included",
+    "cost/gmac": "GMAC per image, router included",
     "cost/gmac_router": "GMAC of the router",
     "cost/params": "parameters",
     "cost/ratio_to_dense": "GMAC over the dense twin's",

@@ -88,7 +88,7 @@ def plot_margins(gaps: Mapping[str, Tensor], path: Path) -> None:
     """Draw how clearly the router decides: its best score less the second, clean and attacked.
 
     Args:
-        gaps: One number an image (N,), by what happened to the images.
+        gaps: One number per image (N,), by what happened to the images.
     """
     figure, (axes,) = _figure(1, (6.4, 4.0), "Margin of the router")
     every = torch.cat(list(gaps.values()))

@@ -77,7 +77,7 @@ def break_images(
     it found, and a broken image costs nothing more.
 
     Args:
-        objective: ``(x, index)`` to one value an image, for the images of the batch at ``index``.
+        objective: ``(x, index)`` to one value per image, for the images of the batch at ``index``.
         before: Outcome so far; its broken images are left alone.
     """
 

@@ -50,7 +50,7 @@ def gaussian_blur(x_CHW: Tensor, deviation: float, draws: Generator) -> Tensor:
 
 
 def brightness(x_CHW: Tensor, more: float, draws: Generator) -> Tensor:
-    """Raise the value of each pixel's hue, saturation and value; black becomes grey."""
+    """Raise the value (V of HSV) of each pixel; black becomes grey."""
     value_1HW = x_CHW.amax(0, keepdim=True)
     raised_1HW = (value_1HW + more).clamp(max=1)
     lit = value_1HW > 0

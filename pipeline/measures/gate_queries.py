@@ -1,4 +1,4 @@
-"""An attack on gates without a gradient: the route by queries, the expert by gradient.
+"""Query attack on gates without a gradient: the route by queries, the expert by gradient.
 
 Shapes: B images, A images still standing, CHW channels and sides.
 """

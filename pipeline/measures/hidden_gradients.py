@@ -1,4 +1,4 @@
-"""An attack through layers that round, clip or cast, and through networks that throw dice.
+"""Attack through layers that round, clip or cast (BPDA), and on stochastic networks (EOT).
 
 Shapes: B images, CHW channels and sides.
 """
@@ -61,7 +61,7 @@ class HiddenGradients:
     (expectation over transformation, Athalye et al., ICML 2018, arXiv:1707.07397).
 
     Attributes:
-        samples: Passes of such a network for one gradient.
+        samples: Passes of such a network per gradient.
     """
 
     attack: PGD = PGD(steps=50)

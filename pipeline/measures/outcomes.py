@@ -57,7 +57,7 @@ class Outcome:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """The tensors by name, all with one row an image."""
+        """The tensors by name, all with one row per image."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def put(self, rows_B: Tensor, columns: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Attacked images as a file holds them: on the grid of 8 bits a pixel.
+"""8-bit pixel grid: attacked images as a file holds them.
 
 Shapes: B images, CHW channels and sides.
 """
@@ -35,7 +35,7 @@ def rounded(attack: Walker, x_adv: Tensor, x_BCHW: Tensor) -> Tensor:
 def judged_on_grid(
     attack: Walker, model: Network, outcome: Attacked, x_BCHW: Tensor, y_B: Tensor
 ) -> Attacked:
-    """Judge what still stands as an 8-bit file holds it, too: broken by either is broken.
+    """Judge the images that are still robust on 8-bit pixels too: broken by either is broken.
 
     A gate or a layer that looks whether pixels are on the grid sees an attack by that alone, and
     any other may round it away.
@@ -52,7 +52,7 @@ def judged_on_grid(
 
 @dataclass(frozen=True, kw_only=True)
 class OnGrid:
-    """RA under PGD on the margin that stays on the grid of 8 bits throughout.
+    """RA under PGD on the margin that stays on the 8-bit grid throughout.
 
     The network sees rounded images only, and the gradient passes through the rounding.
     """

@@ -1,4 +1,4 @@
-"""A black box that needs no package: random search on the margin."""
+"""Black-box attack without a package: random search on the margin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Queries:
     """RA under random search on the margin: a black box that is always at hand.
 
     Attributes:
-        queries: Evaluations of the model for each image.
+        queries: Evaluations of the model per image.
     """
 
     role: ClassVar[Role] = "black_box"

@@ -39,7 +39,7 @@ class ExpertAttack:
 class RouterAttack:
     """RA-R: PGD on the lead of another expert over the one that the clean image takes.
 
-    With several decisions an image, each counts by its own scale, and until it has changed.
+    With several decisions per image, each counts by its own scale, and until it has changed.
     """
 
     attack: PGD = PGD(steps=50)

@@ -129,7 +129,7 @@ def rt_er_cifar10_resnet18() -> Config:
     ``python -m pipeline.train rt_er_cifar10_resnet18``. The paper's settings: 130 epochs, batch
     512, PGD-10 of 2/255 within 8/255, beta 6; of the released code: Adam, rates of 5e-5 to 1e-4.
     Top-1 as there, but with a router that trains. It reports SA 77.81, RA 69.09 (PGD-50) and RA
-    under AutoAttack 54.36. Cost: 0.56 GMAC an image; training about 27 GMAC an image and epoch
+    under AutoAttack 54.36. Cost: 0.56 GMAC per image; training about 27 GMAC per image and epoch
     (two attacks of 10 steps, three images through an expert), 45,000 images. How long that takes
     on a GPU is unknown; not run to the end by us.
     """
@@ -148,7 +148,7 @@ def jtdmoe_cifar10_resnet18() -> Config:
 
     ``python -m pipeline.train jtdmoe_cifar10_resnet18``. Settings as in ``rt_er_cifar10_resnet18``,
     every expert made robust as in the released code; the paper's alpha in training and its results
-    are unknown to us, 0.7 is ours. Cost: 1.1 GMAC an image; training about 73 GMAC an image and
+    are unknown to us, 0.7 is ours. Cost: 1.1 GMAC per image; training about 73 GMAC per image and
     epoch. How long that takes on a GPU is unknown; not run to the end by us.
     """
     return _joint(rt_er_cifar10_resnet18(), "jtdmoe_cifar10_resnet18")

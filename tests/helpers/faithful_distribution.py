@@ -23,7 +23,7 @@ from pipeline.attacks import Objective
 from pipeline.attacks.pgd import PGD
 from pipeline.data.augmentation import to_float
 from pipeline.data.digits import Digits
-from pipeline.measures.sanity.faithful import foretold, is_faithful, nearest_gap
+from pipeline.measures.sanity.faithful import compare_changes, is_faithful, nearest_gap
 from pipeline.optimization.losses import margin_per_image
 from pipeline.seeding import ImageNoise
 
@@ -38,7 +38,7 @@ def line(height: Objective, x_BCHW: Tensor) -> str:
         return ImageNoise(0, torch.arange(len(x_BCHW)))
 
     bad = int((~is_faithful(height, x_BCHW, ATTACK, noise())).sum())
-    found = foretold(height, x_BCHW, ATTACK, noise())
+    found = compare_changes(height, x_BCHW, ATTACK, noise())
     rank = quantiles(found.correlation_B, (0.0, 0.1, 0.5))
     slope = quantiles(found.slope_B, (0.0, 0.1, 0.5, 0.9, 1.0))
     return f"{bad:3d} of {len(x_BCHW)} | rank {rank} | slope {slope}"

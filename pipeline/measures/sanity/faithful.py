@@ -1,4 +1,4 @@
-"""Whether gradients say what happens: of the classifier's margin, and of the router's gap.
+"""Faithfulness of input gradients: those of the classifier's margin and of the router's gap.
 
 Every attack by gradients believes them. A layer that rounds, hashes or permutes leaves gradients
 that are finite and not zero, and lead nowhere; a gate without any is invisible to all attacks on
@@ -90,8 +90,8 @@ def nearest_gap(model: Network, x_BCHW: Tensor) -> Objective:
     return gap
 
 
-class Foretold(NamedTuple):
-    """What a gradient foretells against what comes: rank correlation and slope, (B,) each."""
+class Agreement(NamedTuple):
+    """Predicted against actual changes: rank correlation and slope of the regression, (B,) each."""
 
     correlation_B: Tensor
     slope_B: Tensor
@@ -102,24 +102,24 @@ def is_faithful(
 ) -> Tensor:
     """Tell where a height changes as its gradient says: bool (B,).
 
-    What the gradient foretells for sixteen moves and what comes of them must correlate in rank, and
-    be of one size, see ``foretold``.
+    The changes that the gradient predicts for sixteen moves must correlate with the actual ones in
+    rank, and be of their size, see ``compare_changes``.
     """
-    found = foretold(height, x_BCHW, attack, noise)
+    found = compare_changes(height, x_BCHW, attack, noise)
     right_B = (found.slope_B >= SLOPE[0]) & (found.slope_B <= SLOPE[1])
     return (found.correlation_B >= CORRELATION) & right_B
 
 
-def foretold(
+def compare_changes(
     height: Callable[[Tensor], Tensor], x_BCHW: Tensor, attack: PGD, noise: Draw
-) -> Foretold:
-    """Compare what the gradient foretells with what comes of sixteen moves.
+) -> Agreement:
+    """Compare the changes of a height that its gradient predicts with the actual ones.
 
-    Moves of one step of the attack, from right against the gradient to right along it: each pixel
-    goes with the gradient by a chance that is the move's.
+    Sixteen moves of one step of the attack, from opposite to the gradient to along it: the
+    probability that a pixel follows the gradient rises from 0 to 1 over the moves.
     """
     gradient, clean_B = slope_of(height, x_BCHW), height(x_BCHW).detach()
-    told, came = [], []
+    predicted, actual = [], []
     for turn in range(DIRECTIONS):
         along = (noise.uniform(x_BCHW) + 1) / 2 < turn / (DIRECTIONS - 1)
         signs = torch.where(along, 1.0, -1.0) * torch.where(gradient < 0, -1.0, 1.0)
@@ -128,11 +128,11 @@ def foretold(
             signs = signs / signs.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
         moved = (x_BCHW + attack.step_size * signs).clamp(0, 1)
         with torch.no_grad():
-            came.append(height(moved) - clean_B)
-        told.append((gradient * (moved - x_BCHW)).flatten(1).sum(1))
-    told_BJ, came_BJ = torch.stack(told, 1).double(), torch.stack(came, 1).double()
-    slope_B = (told_BJ * came_BJ).sum(1) / told_BJ.square().sum(1)
-    return Foretold(rank_correlation(told_BJ, came_BJ), slope_B)
+            actual.append(height(moved) - clean_B)
+        predicted.append((gradient * (moved - x_BCHW)).flatten(1).sum(1))
+    predicted_BJ, actual_BJ = torch.stack(predicted, 1).double(), torch.stack(actual, 1).double()
+    slope_B = (predicted_BJ * actual_BJ).sum(1) / predicted_BJ.square().sum(1)
+    return Agreement(rank_correlation(predicted_BJ, actual_BJ), slope_B)
 
 
 def rank_correlation(a_BJ: Tensor, b_BJ: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def test_takes_the_threat_of_a_pgd_and_not_its_step() -> None:
 
 
 def test_objective_without_one_value_an_image_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one value an image, got shape \(\) for 3 images"):
+    with pytest.raises(ValueError, match=r"one value per image, got shape \(\) for 3 images"):
         APGD(steps=1)(lambda x: x.sum(), images(3), noise())
 
 

@@ -170,7 +170,7 @@ def test_each_image_keeps_its_best_restart() -> None:
 
 
 def test_restarts_refuse_an_objective_without_one_value_an_image() -> None:
-    with pytest.raises(ValueError, match=r"restarts=2 needs .*one value an image, got shape \(\)"):
+    with pytest.raises(ValueError, match=r"restarts=2 needs .*one value per image, got shape \(\)"):
         PGD(restarts=2)(lambda x: x.sum(), images(3), noise())
 
 
