@@ -42,7 +42,7 @@ def exportable(model: Network) -> nn.Module:
 
     The copy is in eval mode, BatchNorm folded, and shares no storage with the model.
     """
-    return _LogitsAlone(_traceable(copy.deepcopy(fold(model)))).eval()
+    return LogitsOf(_traceable(copy.deepcopy(fold(model)))).eval()
 
 
 def exportable_with_route(model: Network) -> nn.Module:
@@ -92,7 +92,7 @@ def _split(folded: Network, prefix: str, parts: dict[str, nn.Module]) -> dict[st
         parts[tree["router"]] = nn.Sequential(copy.deepcopy(folded.normalize), folded.router)
     pathways: list[nn.Module]
     if isinstance(folded, Mixture):
-        pathways = [_LogitsAlone(_traceable(expert)) for expert in folded.experts]
+        pathways = [LogitsOf(_traceable(expert)) for expert in folded.experts]
         settings = {"gate": folded.gate, "mix": folded.mix, "top_k": folded.top_k}
         tree |= {"kind": "mixture", **settings}
     else:
@@ -125,8 +125,8 @@ class _Choice:
     layers: list[Tensor] = field(default_factory=list)
 
 
-class _LogitsAlone(nn.Module):
-    """Drop the route from a classifier's outputs."""
+class LogitsOf(nn.Module):
+    """The logits of a classifier that returns the route too."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()

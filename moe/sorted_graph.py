@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe.export import exportable, exportable_parts, exportable_with_route
+from moe.export import LogitsOf, exportable, exportable_parts, exportable_with_route
 from moe.exported_model import ExportedModel, Part
 from moe.network import Network
 
@@ -31,19 +31,6 @@ def exportable_for_batches(model: Network) -> nn.Module:
     except ValueError:
         return exportable_with_route(model)
     return SortedGraph(parts, tree).eval()
-
-
-class LogitsOf(nn.Module):
-    """The logits of a classifier that returns the route too."""
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Classify pixels in [0, 1]; return logits (B, K)."""
-        logits_BK: Tensor = self.classifier(x_BCHW)[0]
-        return logits_BK
 
 
 def loggable(model: Network) -> tuple[nn.Module, nn.Module | None]:

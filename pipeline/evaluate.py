@@ -19,8 +19,8 @@ from pipeline.config.overrides import flatten, override, parse
 from pipeline.context import best_device
 from pipeline.data.class_names import check_same_classes
 from pipeline.data.splits import Images, Splits
-from pipeline.distributed.sharded_evaluation import shards
-from pipeline.evaluation.evaluator import Findings, examine
+from pipeline.distributed.sharded_evaluation import evaluate_model
+from pipeline.evaluation.evaluator import Findings
 from pipeline.evaluation.find_model import find, origin, read_source
 from pipeline.evaluation.model_card import write_report
 from pipeline.evaluation.outcome_cache import digest
@@ -115,9 +115,7 @@ def evaluate(
     jobs = plan_jobs(config, splits.test, plan)
     store = open_outcome_cache(config, origin(config, folder), splits.test) if plan.reuse else None
     follower, began = Follower(), time.monotonic()
-    results = shards(config, model, jobs, store, plan.batch, follower)
-    sides = {name: found for name, found in results.items() if name != "main"}
-    found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
+    found = evaluate_model(config, model, plan, jobs, store, follower)
     if plan.corruptions:
         metrics = {**found.metrics, **corruption_metrics(model, jobs["main"].images, config.seed)}
         found = replace(found, metrics=metrics)
@@ -131,7 +129,8 @@ def evaluate(
     follower.results(
         f"{config.name}, {len(jobs['main'].images)} test images, {took:.0f} s", found.metrics
     )
-    follower.efforts({name: verdicts.efforts for name, verdicts in results.items()})
+    made = {"main": found.main, **found.extra}
+    follower.efforts({name: verdicts.efforts for name, verdicts in made.items()})
     follower.verdict(found.verdict)
     track(config, plan, found, splits, follower, tags)
     return 0

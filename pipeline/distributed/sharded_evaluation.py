@@ -15,12 +15,32 @@ from pipeline.config import Config
 from pipeline.context import best_device
 from pipeline.distributed.cluster import ray_cluster
 from pipeline.distributed.events import delivering
-from pipeline.evaluation.evaluator import Job
+from pipeline.evaluation.evaluator import Findings, Job, examine
 from pipeline.evaluation.outcome_cache import OutcomeCache
+from pipeline.evaluation.plan import Plan
 from pipeline.measures.runner import Effort, Verdicts, join, judge
 from pipeline.seeding import seed_of
 
 Say = Callable[[Mapping[str, Any]], object]
+
+
+def evaluate_model(
+    config: Config,
+    model: Network,
+    plan: Plan,
+    jobs: Mapping[str, Job],
+    store: OutcomeCache | None,
+    follower: Follower,
+) -> Findings:
+    """Make the attacks of a plan's jobs on a model, in shards over its workers, and weigh them.
+
+    Args:
+        jobs: As ``plan_jobs`` makes them: ``main``, and those that only the checks need.
+        store: Where outcomes are looked up and kept; None: nowhere.
+    """
+    results = shards(config, model, jobs, store, plan.batch, follower)
+    sides = {name: found for name, found in results.items() if name != "main"}
+    return examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
 
 
 def shards(

@@ -18,9 +18,9 @@ from pipeline.config import Config
 from pipeline.config.overrides import name_of
 from pipeline.context import best_device
 from pipeline.data.splits import Images
-from pipeline.distributed.sharded_evaluation import shards
+from pipeline.distributed.sharded_evaluation import evaluate_model
 from pipeline.dual.alpha_curve import Point
-from pipeline.evaluation.evaluator import Findings, examine
+from pipeline.evaluation.evaluator import Findings
 from pipeline.evaluation.find_model import find, origin
 from pipeline.evaluation.outcome_cache import digest
 from pipeline.evaluation.plan import Plan, open_outcome_cache, plan_jobs
@@ -139,10 +139,7 @@ def judge_one(
             jobs["main"], measures={**jobs["main"].measures, **transfers(model, config)}
         )
     store = open_outcome_cache(config, identity, test) if sweep.plan.reuse else None
-    results = shards(config, model, jobs, store, sweep.plan.batch, follower)
-    sides = {name: found for name, found in results.items() if name != "main"}
-    main_found = results["main"]
-    return examine(config, model, sweep.plan.name, jobs["main"], main_found, sides, best_device())
+    return evaluate_model(config, model, sweep.plan, jobs, store, follower)
 
 
 def transfers(model: Dual, config: Config) -> dict[str, Transfer]:

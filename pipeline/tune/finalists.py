@@ -5,9 +5,7 @@ from __future__ import annotations
 from pipeline import checkpoint
 from pipeline.cli.console import Follower
 from pipeline.config.overrides import override
-from pipeline.context import best_device
-from pipeline.distributed.sharded_evaluation import shards
-from pipeline.evaluation.evaluator import examine
+from pipeline.distributed.sharded_evaluation import evaluate_model
 from pipeline.evaluation.find_model import origin
 from pipeline.evaluation.model_card import write_report
 from pipeline.evaluation.plan import open_outcome_cache, plan_jobs, read_plan
@@ -54,9 +52,7 @@ def judge(log: TrialLog, entry: TrialRecord, follower: Follower) -> dict[str, fl
     checkpoint.check_classes(best, "the dataset", splits.class_names)
     jobs = plan_jobs(config, splits.test, plan)
     store = open_outcome_cache(config, origin(config, best), splits.test)
-    results = shards(config, model, jobs, store, plan.batch, follower)
-    sides = {name: found for name, found in results.items() if name != "main"}
-    found = examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
+    found = evaluate_model(config, model, plan, jobs, store, follower)
     follower.results(f"{log.request.name}-{entry.trial}, test split", found.metrics)
     follower.verdict(found.verdict)
     tracker = open_run(config, folder, {"judged": TIER})
