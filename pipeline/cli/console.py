@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline.measures.runner import Effort
 from pipeline.measures.sanity.verdict import Verdict
 
-EVERY = 20.0  # seconds between two plain lines within an epoch
+EVERY = 9.0  # seconds between two plain lines within an epoch or an attack
 WIDTH = 100  # of a table in a log, where a terminal's width is not known
 
 TITLES = {

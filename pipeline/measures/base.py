@@ -6,6 +6,7 @@ Shapes: B images, K classes, A images still standing, CHW channels and sides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from moe.network import Network
 from pipeline.attacks import Objective, Walker
 from pipeline.attacks.pgd import PGD, Draw
 
+HEARTBEAT: ContextVar[Callable[[], None]] = ContextVar("heartbeat", default=lambda: None)
+"""Called between two pieces of an attack, for whoever shows that it is going on."""
 CHECK_EVERY = 10  # gradients between two looks at which images are broken
 
 
@@ -108,6 +111,7 @@ def break_by(
         while done < attack.steps and len(alive_A):
             steps = min(CHECK_EVERY, attack.steps - done)
             walk.advance(_bind(objective, alive_A), steps)
+            HEARTBEAT.get()()
             done += steps
             on_A = torch.ones_like(alive_A, dtype=torch.bool)
             for point in walk.points():

@@ -6,7 +6,8 @@ Shapes: N images of a split, B of a batch, E experts, L self-routing layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ from moe.routing_stats import entropy, flip_rate, load
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
 from pipeline.measures import END_OF_RUN
-from pipeline.measures.base import Measure
+from pipeline.measures.base import HEARTBEAT, Measure
 from pipeline.measures.confidence import wilson
 from pipeline.measures.outcomes import TYPES, Outcome, Store, counts, find, observe
 from pipeline.measures.pixel_grid import judged_on_grid
@@ -26,6 +27,7 @@ from pipeline.measures.threat import Evaluation
 from pipeline.measures.tiers import measures_of
 from pipeline.seeding import ImageNoise
 
+PULSE = 2.0  # seconds between two signs of progress from inside an attack
 BATCH = 256  # images attacked at a time, and at most lost when an evaluation is killed
 
 
@@ -180,6 +182,24 @@ def join(parts: Sequence[Verdicts]) -> Verdicts:
     return Verdicts(correct, routes[0].sum(0), routes[1].sum(0), outcomes, efforts)
 
 
+@contextmanager
+def beating(advance: Callable[[], None]) -> Iterator[None]:
+    """Call this from inside an attack, every ``PULSE`` seconds at most."""
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last > PULSE:
+            last = time.monotonic()
+            advance()
+
+    token = HEARTBEAT.set(beat)
+    try:
+        yield
+    finally:
+        HEARTBEAT.reset(token)
+
+
 @dataclass(frozen=True)
 class _Task:
     """Images to attack, and how: what all measures of one judgement share."""
@@ -216,7 +236,8 @@ class _Task:
         for low in range(0, len(todo), self.size):
             rows_B = todo[low : low + self.size]
             ids_B, (x_BCHW, y_B) = self.ids_N[rows_B], self.batch(rows_B)
-            found = measure(self.model, x_BCHW, y_B, ImageNoise(self.seed, ids_B))
+            with beating(lambda done=reused + low: advance(done)):  # type: ignore[misc]
+                found = measure(self.model, x_BCHW, y_B, ImageNoise(self.seed, ids_B))
             if counted:
                 found = judged_on_grid(measure.attack, self.model, found, x_BCHW, y_B)
             columns = {k: v.cpu() for k, v in observe(self.model, x_BCHW, found).items()}

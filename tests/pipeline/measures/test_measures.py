@@ -434,3 +434,20 @@ def test_interval_of_impossible_counts_is_refused(successes: int, n: int) -> Non
 def test_threat_out_of_range_is_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Evaluation(**settings)
+
+
+def test_progress_is_told_from_inside_an_attack(
+    mixture: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PULSE", -1.0)
+    told: list[tuple[int, int, str]] = []
+    attack = PGD(eps=1e-4, step_size=1e-5, steps=40)
+    runner.judge(
+        mixture,
+        split(mixture, 8),
+        {"ra_pgd": WhiteBox(attack=attack)},
+        seed=0,
+        device=torch.device("cpu"),
+        tell=lambda done, of, name: told.append((done, of, name)),
+    )
+    assert told == [(0, 8, "ra_pgd")] * 5 + [(8, 8, "ra_pgd")], "once before, four times within"
