@@ -23,7 +23,11 @@ from pipeline.seeding import ImageNoise
 from tests.helpers.analytic import EPS, route_flip, route_flip_images
 
 NO_ATTACK = ("sa", "ra_noise", "ra_router")  # on the classifier
-CLASSIFIER = [n for n in MEASURES if n not in (*NO_ATTACK, *PACKAGED, "ra_grid", "ra_queries")]
+CLASSIFIER = [
+    n
+    for n in MEASURES
+    if n not in (*NO_ATTACK, *PACKAGED, "ra_grid", "ra_queries", "ra_gate_queries")
+]
 BLIND = ("sa", "ra_pgd", "ra_pgd_margin", "ra_expert", "ra_apgd", "ra_apgd_dlr", "ra_apgd_t")
 SEEING = ("ra_router", "ra_forced_apgd", "ra_surrogate", "ra_surrogate_apgd", "ra_adaptive")
 

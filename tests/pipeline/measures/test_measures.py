@@ -21,6 +21,7 @@ from pipeline.measures import FLOORS, MEASURES, PACKAGED, Evaluation, runner
 from pipeline.measures.base import is_correct
 from pipeline.measures.confidence import wilson
 from pipeline.measures.forced_route import ForcedRoute
+from pipeline.measures.gate_queries import GateQueries
 from pipeline.measures.gradient_attack import WhiteBox, WhiteBoxMargin
 from pipeline.measures.random_queries import Queries
 from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
@@ -249,7 +250,7 @@ def test_forced_route_on_a_dense_net_is_pgd_on_the_margin(build: Callable[..., N
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in OWN.values() if kind not in (SmallSteps, Queries)]
+    "kind", [kind for kind in OWN.values() if kind not in (SmallSteps, Queries, GateQueries)]
 )
 def test_restarts_begin_at_different_places(
     mixture: Network, kind: Any, monkeypatch: pytest.MonkeyPatch
