@@ -90,7 +90,7 @@ def nearest_gap(model: Network, x_BCHW: Tensor) -> Objective:
     return gap
 
 
-class Agreement(NamedTuple):
+class GradientAgreement(NamedTuple):
     """Predicted against actual changes: rank correlation and slope of the regression, (B,) each."""
 
     correlation_B: Tensor
@@ -112,7 +112,7 @@ def is_faithful(
 
 def compare_changes(
     height: Callable[[Tensor], Tensor], x_BCHW: Tensor, attack: PGD, noise: Draw
-) -> Agreement:
+) -> GradientAgreement:
     """Compare the changes of a height that its gradient predicts with the actual ones.
 
     Sixteen moves of one step of the attack, from opposite to the gradient to along it: the
@@ -132,7 +132,7 @@ def compare_changes(
         predicted.append((gradient * (moved - x_BCHW)).flatten(1).sum(1))
     predicted_BJ, actual_BJ = torch.stack(predicted, 1).double(), torch.stack(actual, 1).double()
     slope_B = (predicted_BJ * actual_BJ).sum(1) / predicted_BJ.square().sum(1)
-    return Agreement(rank_correlation(predicted_BJ, actual_BJ), slope_B)
+    return GradientAgreement(rank_correlation(predicted_BJ, actual_BJ), slope_B)
 
 
 def rank_correlation(a_BJ: Tensor, b_BJ: Tensor) -> Tensor:
