@@ -139,7 +139,7 @@ class Front:
             kind = request.headers.get("content-type", "")
             x_BCHW = await asyncio.to_thread(read_images, body, kind, self.limits)
             found = await self.replicas.classify.remote(x_BCHW)
-            answer: Response = JSONResponse({"predictions": self.told(*found)})
+            answer: Response = JSONResponse({"predictions": self.as_rows(*found)})
             self.images.inc(len(x_BCHW))
         except RequestError as error:
             answer = refusal(error.status, str(error))
@@ -150,7 +150,7 @@ class Front:
         self.seconds.observe(time.perf_counter() - began)
         return answer
 
-    def told(
+    def as_rows(
         self, probabilities_BK: NDArray[np.float32], route: NDArray[np.int64]
     ) -> list[dict[str, Any]]:
         """Write the predictions as JSON values, one per image."""
