@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline import checkpoint
 from pipeline.cli.arguments import fail, main, read_arguments
@@ -18,7 +19,7 @@ from pipeline.config import Config
 from pipeline.config.overrides import flatten, override, parse
 from pipeline.context import best_device
 from pipeline.data.class_names import check_same_classes
-from pipeline.data.splits import Images, Splits
+from pipeline.data.splits import Images, Source, Splits
 from pipeline.distributed.sharded_evaluation import evaluate_model
 from pipeline.evaluation.evaluator import Findings
 from pipeline.evaluation.find_model import find, origin, read_source
@@ -35,6 +36,7 @@ from pipeline.evaluation.plan import (
 )
 from pipeline.measures import MEASURES
 from pipeline.measures.corruptions import corrupted
+from pipeline.measures.substitute import agreement, train_substitute
 from pipeline.seeding import seed_of
 from pipeline.storage.sync import storage_root
 from pipeline.tracking.open_run import open_run
@@ -57,10 +59,13 @@ killed, is not attacked again.
   corruptions=true           accuracy under six kinds of corruption too, mean of severities 1 to 5
   transfer=RUN               attack with images made on another run's model too, such as the dense
                              twin's: ra_transfer, which counts into ra_worst
+  substitute=true            attack with images made on a network that is trained on the model's
+                             answers to training images: ra_substitute (default: in full)
   cascade=true               attack only what stands against the attacks before: ra_worst alone
   reuse=false                attack everything again
   batch=N                    images attacked at a time, and at most lost to a kill (default: 256)
-  workers=N                  shards on Ray; the numbers are those of one worker
+  workers=N                  processes on Ray, one thread each (default: one for each GPU or core,
+                             with 64 images each at least); the numbers are those of one
   evaluation.eps=4/255 evaluation.steps=100 evaluation.restarts=2 ...
   dataset.path, dataset.test_images (in place of the tier's number), experiment, storage,
   tracking_uri as in pipeline.train
@@ -92,6 +97,8 @@ def run(argv: list[str]) -> int:
             return fail(str(error), 1)
         config = override(trained, {"workers": 1, "batch_size": 2 * where.workers, **allowed})
         config = replace(config, name=f"evaluate {trained.name}")
+        if "workers" in here:
+            plan = replace(plan, workers=where.workers)
         if plan.tier.steps is not None and "evaluation.steps" not in allowed:
             config = override(config, {"evaluation.steps": plan.tier.steps})
         if "dataset.test_images" in allowed:
@@ -112,18 +119,28 @@ def evaluate(
     if plan.transfer is not None:
         check_same_classes("transfer's model", plan.transfer.class_names, where, splits.class_names)
     weights = checkpoint.sha256(folder / "model.safetensors")
+    follower, began = Follower(), time.monotonic()
+    if plan.tier.substitute:
+        plan = replace(plan, substitute=substitute_of(model, config, splits.train, follower))
     jobs = plan_jobs(config, splits.test, plan)
     store = open_outcome_cache(config, origin(config, folder), splits.test) if plan.reuse else None
-    follower, began = Follower(), time.monotonic()
     found = evaluate_model(config, model, plan, jobs, store, follower)
     if plan.corruptions:
         metrics = {**found.metrics, **corruption_metrics(model, jobs["main"].images, config.seed)}
         found = replace(found, metrics=metrics)
     tags = {"tier": plan.name, "weights_sha256": weights, **of}
+    if plan.substitute is not None:
+        device = best_device()
+        nets = (plan.substitute, fold(model).to(device))
+        share = agreement(*nets, jobs["main"].images, device)
+        text = f"`ra_substitute` takes images made by PGD-{config.evaluation.steps} on a network "
+        text += "that was trained on this model's labels of training images, and gives its label "
+        text += f"to {share:.1%} of the test images."
+        found = replace(found, notes=(*found.notes, text))
     if plan.transfer is not None:
         text = f"`ra_transfer` takes images made by PGD-{config.evaluation.steps} on the margin of "
         text += f"another model: run {plan.transfer.run}, network {plan.transfer.origin[:16]}."
-        found = replace(found, notes=(text,))
+        found = replace(found, notes=(*found.notes, text))
         tags |= {"transfer": plan.transfer.run, "transfer_network": plan.transfer.origin}
     took = time.monotonic() - began
     follower.results(
@@ -134,6 +151,25 @@ def evaluate(
     follower.verdict(found.verdict)
     track(config, plan, found, splits, follower, tags)
     return 0
+
+
+def substitute_of(model: Network, config: Config, train: Source, follower: Follower) -> Network:
+    """Train a network on the model's answers to the training images."""
+
+    def tell(done: int, of: int, seconds: float) -> None:
+        now = {"what": "a network learns the answers", "done": done, "of": of, "seconds": seconds}
+        follower.handle({"kind": "judging", **now})
+
+    device = best_device()
+    return train_substitute(
+        fold(model).to(device),
+        train,
+        config.evaluation.attack(1),
+        num_classes=config.dataset.num_classes,
+        seed=seed_of(config.seed, "substitute"),
+        device=device,
+        tell=tell,
+    )
 
 
 def corruption_metrics(model: Network, images: Images, seed: int) -> dict[str, float]:

@@ -32,6 +32,7 @@ TITLES = {
     "test/ra_surrogate_apgd": "RA, gradients of other gates, APGD",
     "test/ra_adaptive": "RA, classifier and router at once",
     "test/ra_transfer": "RA, images made on another model",
+    "test/ra_substitute": "RA, images made on a net trained on the answers",
     "test/ra_noise": "accuracy under noise",
     "test/ra_floor": "floor: the attacker sets the route",
     "test/ra_router": "RA, router attacked",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 from moe.network import Network
 from pipeline.cli.console import Follower
 from pipeline.config import Config
+from pipeline.config.overrides import override
 from pipeline.context import best_device
 from pipeline.distributed.cluster import ray_cluster
 from pipeline.distributed.events import delivering
@@ -21,6 +23,7 @@ from pipeline.evaluation.plan import Plan
 from pipeline.measures.runner import Effort, Verdicts, join, judge
 from pipeline.seeding import seed_of
 
+MIN_IMAGES = 64  # for a process of their own
 Say = Callable[[Mapping[str, Any]], object]
 
 
@@ -32,15 +35,23 @@ def evaluate_model(
     store: OutcomeCache | None,
     follower: Follower,
 ) -> Findings:
-    """Make the attacks of a plan's jobs on a model, in shards over its workers, and weigh them.
+    """Make the attacks of a plan's jobs on a model, in shards over workers, and weigh them.
 
     Args:
         jobs: As ``plan_jobs`` makes them: ``main``, and those that only the checks need.
         store: Where outcomes are looked up and kept; None: nowhere.
     """
-    results = shards(config, model, jobs, store, plan.batch, follower)
+    world = plan.workers or workers_for(len(jobs["main"].images))
+    spread = override(config, {"workers": world, "batch_size": 2 * world})
+    results = shards(spread, model, jobs, store, plan.batch, follower)
     sides = {name: found for name, found in results.items() if name != "main"}
     return examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
+
+
+def workers_for(images: int) -> int:
+    """Choose how many processes share images: one for each GPU or core, with 64 each at least."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(torch.cuda.device_count() or usable or 1, images // MIN_IMAGES))
 
 
 def shards(
@@ -96,12 +107,12 @@ def shards(
     from pipeline.distributed.events import open_event_queue
 
     def shard(rank: int, net: Network, work: Mapping[str, Job], queue: Any) -> Any:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # two that share a busy core wait for each other
         return share(rank, net, work, queue.put.remote)
 
     with ray_cluster(config):
         queue = open_event_queue()
-        task = ray.remote(num_cpus=1)(shard)
+        task = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()))(shard)
         net, work = ray.put(model), ray.put(dict(jobs))
         with delivering(queue, follower.handle):
             parts = ray.get([task.remote(rank, net, work, queue) for rank in range(world)])

@@ -67,6 +67,8 @@ def run(argv: list[str]) -> int:
         settings.setdefault("evaluation.steps", str(plan.tier.steps))
     here = {k: v for k, v in settings.items() if k in WHERE}
     where = override(Config(batch_size=2 * parse("workers", here.get("workers", 1), int)), here)
+    if "workers" in here:
+        plan = replace(plan, workers=where.workers)
     alphas = read_alphas(own.get("alpha", ALPHAS))
     names = list(given.names) if len(given.names) == 2 else []
     joint = own.get("joint") if names else given.names[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from moe.network import Network
 from pipeline.attacks import ATTACKS
 from pipeline.attacks.pgd import PGD
 from pipeline.config import Config
@@ -31,7 +32,10 @@ PREFIXES = ("evaluation.", "dataset.path", "dataset.test_images")
 WHERE = ("experiment", "storage", "tracking_uri", "workers")
 
 
-OPTIONS = ("tier", "measure", "attack", "checks", "corruptions", "cascade", "reuse", "batch")
+OPTIONS = (
+    *("tier", "measure", "attack", "checks", "corruptions", "cascade", "reuse", "batch"),
+    "substitute",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Plan:
         name, tier: The tier, with its measures replaced by those of the command line.
         checks, corruptions, cascade, reuse, batch: As in the usage.
         transfer: The model of another run, None for none.
+        substitute: A network that was trained on the model's answers, None for none.
+        workers: Processes on Ray; None: one for each GPU or core, with 64 images each at least.
         attack: Name of the attack that takes the place of PGD in the measures.
     """
 
@@ -53,7 +59,9 @@ class Plan:
     reuse: bool = True
     batch: int = 256
     transfer: TransferSource | None = None
+    substitute: Network | None = None
     attack: str = "pgd"
+    workers: int | None = None
 
 
 def read_plan(options: Mapping[str, str]) -> Plan:
@@ -66,7 +74,7 @@ def read_plan(options: Mapping[str, str]) -> Plan:
         names = tuple(whole_name(name) for name in options["measure"].split(","))
         if unknown := [name for name in names if name not in MEASURES]:
             raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
-        tier = replace(tier, measures=names)
+        tier = replace(tier, measures=names, substitute=False)
     lacking = [name for name in tier.measures if name in PACKAGED]
     if lacking and find_spec("pyautoattack") is None:
         if asked or name == "full":
@@ -74,6 +82,8 @@ def read_plan(options: Mapping[str, str]) -> Plan:
                 f"{lacking[0]} needs the package pyautoattack: pip install 'robust-moe[eval]'"
             )
         tier = replace(tier, measures=tuple(n for n in tier.measures if n not in lacking))
+    wanted = parse("substitute", options.get("substitute", tier.substitute), bool)
+    tier = replace(tier, substitute=wanted)
     batch = parse("batch", options.get("batch", 256), int)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -115,6 +125,9 @@ def plan_jobs(config: Config, test: Images, plan: Plan) -> dict[str, Job]:
             attack=config.evaluation.attack(config.evaluation.steps),
             origin=plan.transfer.origin,
         )
+    if plan.substitute is not None:
+        attack = config.evaluation.attack(config.evaluation.steps)
+        measures["ra_substitute"] = Transfer(source=plan.substitute, attack=attack)
     if not measures:
         names = ", ".join(measures_of(MEASURES, config.evaluation, num_experts=experts))
         raise ValueError(f"measure must be of {names} for a dense net, got others")

@@ -26,6 +26,7 @@ class Tier:
         probed: Images of the other sanity checks.
         planted: Images of the binarization test, which takes them one by one.
         deep: Whether convergence is checked, with four times the steps.
+        substitute: Whether a network is trained on the model's answers, to attack from.
     """
 
     measures: tuple[str, ...]
@@ -35,6 +36,7 @@ class Tier:
     probed: int = 128
     planted: int = 16
     deep: bool = True
+    substitute: bool = False
 
 
 TIERS = {
@@ -66,6 +68,7 @@ TIERS = {
         images=None,
         probed=512,
         planted=64,
+        substitute=True,
     ),
 }
 END = Tier(measures=END_OF_RUN, images=None, probed=64, planted=0, deep=False)

@@ -124,7 +124,11 @@ def points(gain: Difference | None) -> str:
 
 
 def block_table(block: ReportBlock) -> TextTable:
-    """Lay out a block: a line for each row, percent with the deviation over seeds."""
+    """Lay out a block: a line for each row, percent with the deviation over seeds.
+
+    Where AutoAttack was run, ``adaptive`` is what the other attacks take beyond it, in points, as
+    RobustBench's best known number stands beside AutoAttack's.
+    """
     attacked = any(row.share("test/ra_aa") for row in block.rows)
     shares = {"SA": "test/sa", (ra := f"RA (PGD-{block.ra.removeprefix('test/ra_pgd')})"): block.ra}
     shares |= {"RA worst": "test/ra_worst"} | ({"RA-AA": "test/ra_aa"} if attacked else {})
@@ -137,6 +141,7 @@ def block_table(block: ReportBlock) -> TextTable:
             row.title + ("*" if row.note else "") + ("†" if row.doubts else ""),
             str(len(row.runs)),
             *(percent(row.share(name)) for name in shares.values()),
+            *((beyond_auto_attack(row),) if attacked else ()),
             "" if gmac is None else f"{gmac:.4f}",
             "" if params is None else f"{params / 1e6:.2f} M",
             "" if pace is None else f"{pace:.0f}",
@@ -145,11 +150,26 @@ def block_table(block: ReportBlock) -> TextTable:
 
     return TextTable(
         block.title,
-        ("algorithm", "n", *shares, "GMAC", "params", "images/s", *gains),
+        (
+            "algorithm",
+            "n",
+            *shares,
+            *(("adaptive",) if attacked else ()),
+            "GMAC",
+            "params",
+            "images/s",
+            *gains,
+        ),
         tuple(map(cells, block.rows)),
         notes=(block.described(),),
         words=("algorithm",),
     )
+
+
+def beyond_auto_attack(row: ResultRow) -> str:
+    """Write by how many points the worst case of all attacks lies below AutoAttack."""
+    alone, every = row.share("test/ra_aa"), row.share("test/ra_worst")
+    return "-" if alone is None or every is None else f"{100 * (every.mean - alone.mean):+.1f}"
 
 
 def foot(blocks: Sequence[ReportBlock], left_out: Mapping[str, int]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline import checkpoint
 from pipeline.cli.console import Follower
 from pipeline.config.overrides import override
@@ -46,7 +48,8 @@ def judge(log: TrialLog, entry: TrialRecord, follower: Follower) -> dict[str, fl
     """Attack the test images of one trial's model; return what is found."""
     folder = log.request.trial_folder(entry.trial)
     best = folder / "checkpoints" / "best"
-    config, plan = checkpoint.load_config(best), read_plan({"tier": TIER})
+    config = checkpoint.load_config(best)
+    plan = replace(read_plan({"tier": TIER}), workers=1)
     config = override(config, {"workers": 1})
     splits, model = config.dataset.load(config.seed), checkpoint.load_model(best)
     checkpoint.check_classes(best, "the dataset", splits.class_names)

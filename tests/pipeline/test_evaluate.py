@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from pipeline.data.augmentation import to_float
 from pipeline.evaluation import plan
 from pipeline.measures import Transfer
 from pipeline.measures.sanity.verdict import Status
+from pipeline.measures.substitute import train_substitute
 from pipeline.presets import PRESETS
 from pipeline.seeding import ImageNoise
 
@@ -249,6 +251,32 @@ def test_images_made_on_another_run_count_into_the_worst_case(
     assert left[0] <= left[1] < float(first["test/sa"]), "from itself: a white-box attack"
     runs = {run.data.tags["transfer"]: run for run in children(at_home)}
     assert runs.keys() == {str(dense_twin.resolve()), str(taught.resolve())}
+
+
+def test_substitute_is_trained_attacked_from_and_told(
+    taught: Path,
+    at_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = partial(train_substitute, updates=20)
+    monkeypatch.setattr(evaluate, "train_substitute", short)
+    command = [str(taught), "measure=sa", "substitute=true", "evaluation.eps=0.1"]
+    outs = []
+    for _ in range(2):
+        assert evaluate.run(command) == 0
+        outs.append(capsys.readouterr().out)
+    for out, reused in zip(outs, ("0", "48"), strict=True):
+        rows = {line.split()[0] for line in table(out)}
+        assert {"test/ra_substitute", "test/ra_worst"} <= rows
+        found = re.search(r"reused ([\d,]+) of 48 outcomes", out)
+        assert found is not None
+        assert found[1] == reused, "the same answers teach the same network"
+    (run,) = children(at_home)
+    home = Path(re.findall(r"card and plots in (.*)", outs[0])[0])
+    card = " ".join(" ".join(p.read_text() for p in home.glob("*.md")).split())
+    assert re.search(r"gives its label to \d+\.\d% of the test images", card)
+    assert run.data.metrics["test/ra_substitute"] <= run.data.metrics["test/sa"]
 
 
 def test_transferred_images_are_judged_on_the_model_at_hand(taught: Path, dense_twin: Path) -> None:
