@@ -24,7 +24,7 @@ def patterns(count: int, seed: int) -> Images:
     generator = torch.Generator().manual_seed(seed)
     y_N = torch.randint(2, (count,), generator=generator)
     x_NCHW = 0.3 + 0.3 * torch.rand(count, 3, 8, 8, generator=generator)
-    shift_NHW = (0.16 * (2.0 * y_N - 1)).view(-1, 1, 1) * torch.linspace(-1, 1, 8).sign()
+    shift_NHW = (0.06 * (2.0 * y_N - 1)).view(-1, 1, 1) * torch.linspace(-1, 1, 8).sign()
     pixels_NCHW = (255 * (x_NCHW + shift_NHW[:, None])).clamp(0, 255).round().to(torch.uint8)
     return Images(pixels_NCHW, y_N)
 
