@@ -5,10 +5,12 @@ from tune_spaces.adv_moe import ADV_MOE
 from tune_spaces.jtdmoe import JTDMOE
 from tune_spaces.rt_er import RT_ER
 from tune_spaces.space import Space
+from tune_spaces.upcycled import UPCYCLED
 from tune_spaces.vmoe import V_MOE
 
 SPACES: dict[str, Space] = {
     "adv_moe": ADV_MOE,
+    "upcycled": UPCYCLED,
     "rt_er": RT_ER,
     "jtdmoe": JTDMOE,
     "vmoe": V_MOE,
