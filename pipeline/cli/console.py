@@ -33,6 +33,12 @@ TITLES = {
     "test/ra_adaptive": "RA, classifier and router at once",
     "test/ra_transfer": "RA, images made on another model",
     "test/ra_substitute": "RA, images made on a net trained on the answers",
+    "test/ra_grid": "RA, images on the 8-bit grid throughout",
+    "test/ra_hidden": "RA, straight through what has no gradient",
+    "test/ra_queries": "RA, random search of 200 queries (black box)",
+    "test/ra_gate_queries": "RA, routes reached by queries",
+    "test/ra_vmoe": "RA, small steps from the clean image",
+    "test/ra_other_routes": "RA, along routes of other images",
     "test/ra_noise": "accuracy under noise",
     "test/ra_floor": "floor: the attacker sets the route",
     "test/ra_router": "RA, router attacked",
@@ -225,6 +231,8 @@ def describe(name: str) -> str:
     if name.startswith("test/ra_pgd"):
         steps, _, aim = name.removeprefix("test/ra_pgd").partition("_")
         words = f"RA, PGD-{steps} on the {aim or 'cross-entropy'}"
+    elif name.startswith("test/ra_each_"):
+        words = f"RA of expert {name.removeprefix('test/ra_each_')} alone"
     else:
         words = TITLES.get(name, "")
     return f"{name}  {words}".rstrip()

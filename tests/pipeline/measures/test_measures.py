@@ -15,6 +15,7 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from moe.routing import Routing
 from pipeline.attacks.pgd import PGD
+from pipeline.cli.console import describe
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
 from pipeline.measures import FLOORS, MEASURES, PACKAGED, Evaluation, runner
@@ -28,6 +29,7 @@ from pipeline.measures.router_and_experts import ExpertAttack, RouterAttack
 from pipeline.measures.runner import Verdicts, judge, suite, summarize
 from pipeline.measures.sanity.probe_attacks import FACTORS, over_eps
 from pipeline.measures.small_steps import SmallSteps
+from pipeline.measures.tiers import measures_of
 from pipeline.seeding import ImageNoise
 
 CPU = torch.device("cpu")
@@ -452,3 +454,8 @@ def test_progress_is_told_from_inside_an_attack(
         tell=lambda done, of, name: told.append((done, of, name)),
     )
     assert told == [(0, 8, "ra_pgd")] * 5 + [(8, 8, "ra_pgd")], "once before, four times within"
+
+
+def test_every_measure_is_described_in_words() -> None:
+    made = measures_of(MEASURES, Evaluation(), num_experts=2)
+    assert [name for name in made if describe(f"test/{name}") == f"test/{name}"] == []
