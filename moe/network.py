@@ -110,6 +110,24 @@ class Network(nn.Module):
             return layers_BLE
         return self.scores(self.normalize(x_BCHW))
 
+    def scores_along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
+        """Score the experts as ``router_scores`` does, with every layer's route held.
+
+        So an earlier layer's change of route makes no jump in the scores of a later one.
+
+        Args:
+            route: (B,) or (B, L), as in ``Routed``.
+
+        Raises:
+            ValueError: The route has another shape, or names an expert that is not there.
+        """
+        if not self.num_layers:
+            return self.router_scores(x_BCHW)
+        self.check_route(x_BCHW, route)
+        routing = Routing(gate_gradient=False, fixed_BL=route)
+        self.body(self.normalize(x_BCHW), routing)
+        return torch.stack(routing.scores, 1)
+
     def scores(self, x_BCHW: Tensor) -> Tensor:
         """Score the experts on normalized images: (B, E), zeros (B, 1) for a dense net."""
         if self.router is None:

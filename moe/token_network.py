@@ -133,6 +133,10 @@ class TokenNetwork(Network):
         scores_BME: Tensor = self(x_BCHW).router
         return scores_BME
 
+    def scores_along(self, x_BCHW: Tensor, route: Tensor) -> Tensor:
+        """Score the experts as deployed: a token's gates are smooth, and so few scores jump."""
+        return self.router_scores(x_BCHW)
+
     def along_soft(
         self, x_BCHW: Tensor, relax: Relaxation, *, hard_forward: bool = False
     ) -> Tensor:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from pipeline.measures import MEASURES, Transfer
 from pipeline.measures.runner import Effort
 from pipeline.measures.sanity.verdict import Verdict
 
@@ -17,32 +18,9 @@ EVERY = 9.0  # seconds between two plain lines within an epoch or an attack
 WIDTH = 100  # of a table in a log, where a terminal's width is not known
 
 TITLES = {
-    "test/sa": "SA, no attack",
     "test/ra_worst": "RA, worst case over all attacks",
-    "test/ra_forced": "RA, forced route",
-    "test/ra_forced_sweep": "RA, forced route, three weights",
-    "test/ra_forced_apgd": "RA, forced route, APGD",
-    "test/ra_apgd": "RA, APGD on the cross-entropy",
-    "test/ra_apgd_dlr": "RA, APGD on the ratio of logits",
-    "test/ra_apgd_t": "RA, targeted APGD",
-    "test/ra_aa": "RA, AutoAttack standard",
-    "test/ra_aa_surrogate": "RA, AutoAttack by soft gates' gradient",
-    "test/ra_square": "RA, Square (black box)",
-    "test/ra_surrogate": "RA, gradients of other gates",
-    "test/ra_surrogate_apgd": "RA, gradients of other gates, APGD",
-    "test/ra_adaptive": "RA, classifier and router at once",
-    "test/ra_transfer": "RA, images made on another model",
+    "test/ra_transfer": Transfer.title,
     "test/ra_substitute": "RA, images made on a net trained on the answers",
-    "test/ra_grid": "RA, images on the 8-bit grid throughout",
-    "test/ra_hidden": "RA, straight through what has no gradient",
-    "test/ra_queries": "RA, random search of 200 queries (black box)",
-    "test/ra_gate_queries": "RA, routes reached by queries",
-    "test/ra_vmoe": "RA, small steps from the clean image",
-    "test/ra_other_routes": "RA, along routes of other images",
-    "test/ra_noise": "accuracy under noise",
-    "test/ra_floor": "floor: the attacker sets the route",
-    "test/ra_router": "RA, router attacked",
-    "test/ra_expert": "RA, experts attacked, clean route",
     "route/entropy": "entropy of the load (nats)",
     "route/flip_rate": "routes changed by the white-box attack",
     "route/flip_rate_broken": "of the images that it broke",
@@ -121,7 +99,9 @@ class Follower:
         self._step(where, int(event["step"]), int(event["steps"]), text)
 
     def _show_judging(self, event: Mapping[str, Any]) -> None:
-        text = f"{span(event['seconds'])} so far"  # one attack may cost a hundred times another
+        text = f"{span(event['seconds'])} so far"
+        if event.get("left") is not None:
+            text += f", about {span(event['left'])} left"
         self._step(f"attacks: {event['what']}", int(event["done"]), int(event["of"]), text)
 
     def _show_judged(self, event: Mapping[str, Any]) -> None:
@@ -234,7 +214,8 @@ def describe(name: str) -> str:
     elif name.startswith("test/ra_each_"):
         words = f"RA of expert {name.removeprefix('test/ra_each_')} alone"
     else:
-        words = TITLES.get(name, "")
+        kind = MEASURES.get(name.removeprefix("test/"))
+        words = TITLES.get(name) or str(getattr(kind, "title", ""))
     return f"{name}  {words}".rstrip()
 
 

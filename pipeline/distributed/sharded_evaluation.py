@@ -20,9 +20,11 @@ from pipeline.distributed.events import delivering
 from pipeline.evaluation.evaluator import Findings, Job, examine
 from pipeline.evaluation.outcome_cache import OutcomeCache
 from pipeline.evaluation.plan import Plan
+from pipeline.measures.base import cost_of
 from pipeline.measures.runner import Effort, Verdicts, join, judge
 from pipeline.seeding import seed_of
 
+EARLY = 0.02  # of the work: too little to tell from it how long the rest takes
 MIN_IMAGES = 64  # for a process of their own
 Say = Callable[[Mapping[str, Any]], object]
 
@@ -48,6 +50,13 @@ def evaluate_model(
     return examine(config, model, plan.name, jobs["main"], results["main"], sides, best_device())
 
 
+def cost_of_job(job: Job, part: float = 1.0) -> float:
+    """Estimate gradients of a job's first attacks on its images, in order, up to a part of all."""
+    turns = part * len(job.measures)
+    costs = map(cost_of, job.measures.values())
+    return len(job.images) * sum(c * min(max(turns - n, 0), 1) for n, c in enumerate(costs))
+
+
 def workers_for(images: int) -> int:
     """Choose how many processes share images: one for each GPU or core, with 64 each at least."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -67,15 +76,21 @@ def shards(
 
     def share(rank: int, net: Network, work: Mapping[str, Job], say: Say) -> dict[str, Verdicts]:
         device = best_device()
-        net, found = net.to(device), {}
+        net, found, began = net.to(device), {}, time.monotonic()
+        ahead = sum(cost_of_job(job) for job in work.values())
+        past = 0.0
         for name, job in work.items():
-            began = time.monotonic()
 
-            def tell(done: int, of: int, on: str, job: str = name, began: float = began) -> None:
-                what = on if job == "main" else f"checks: {on}"
+            def tell(
+                done: int, of: int, on: str, own: str = name, job: Job = job, past: float = past
+            ) -> None:
                 spent = time.monotonic() - began
+                share = (past + cost_of_job(job, done / max(of, 1))) / ahead
+                left = spent / share - spent if share > EARLY else None
                 if rank == 0:
-                    say({"kind": "judging", "what": what, "done": done, "of": of, "seconds": spent})
+                    what = on if own == "main" else f"checks: {on}"
+                    where = {"what": what, "done": done, "of": of}
+                    say({"kind": "judging", **where, "seconds": spent, "left": left})
 
             def ended(on: str, effort: Effort, job: str = name) -> None:
                 if rank == 0 and job == "main":
@@ -96,6 +111,7 @@ def shards(
                 cascade=job.cascade,
                 batch=batch,
             )
+            past += cost_of_job(job)
         return found
 
     if world == 1:

@@ -21,7 +21,7 @@ from pipeline.data.splits import Images
 from pipeline.measures import Measure
 from pipeline.measures.outcomes import TYPES
 
-OUTCOMES_VERSION = "2"
+OUTCOMES_VERSION = "3"
 """Raised by hand with every change that changes an outcome; outcomes of other versions are not
 read."""
 

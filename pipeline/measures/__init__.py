@@ -54,26 +54,12 @@ MEASURES: dict[str, type[Measure]] = {
 
 # What a training run ends with: the others cost up to a hundred times as much.
 END_OF_RUN = ("sa", "ra_pgd", "ra_pgd_margin", "ra_forced", "ra_router", "ra_expert")
-# A dense net has no route to attack: these say nothing new of it.
-ROUTED = (
-    "ra_forced",
-    "ra_router",
-    "ra_expert",
-    "ra_forced_sweep",
-    "ra_forced_apgd",
-    "ra_surrogate",
-    "ra_surrogate_apgd",
-    "ra_adaptive",
-    "ra_aa_surrogate",
-    "ra_other_routes",
-    "ra_gate_queries",
-    "ra_floor",
-    "ra_each",
-)
-# Judged along a fixed route and not on the deployed model: they do not count into ra_worst.
-FLOORS = ("ra_floor", "ra_each")
-# These need the extra eval.
-PACKAGED = ("ra_aa", "ra_aa_surrogate", "ra_square")
+ROUTED = tuple(name for name, kind in MEASURES.items() if getattr(kind, "routed", False))
+"""Attacks on a route, which a dense net has not."""
+FLOORS = tuple(name for name, kind in MEASURES.items() if getattr(kind, "floor", False))
+"""Judged along a fixed route and not on the deployed model: they do not count into ra_worst."""
+PACKAGED = tuple(name for name, kind in MEASURES.items() if getattr(kind, "package", ""))
+"""These need the extra eval."""
 
 __all__ = [
     "END_OF_RUN",

@@ -1,6 +1,7 @@
 """An attack on classifier and router at once."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Adaptive:
         ValueError: There is no weight, or one is negative.
     """
 
+    title: ClassVar[str] = "RA, classifier and router at once"
+    cost: ClassVar[float] = 2.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
     weights: tuple[float, ...] = (0.0, 1.0, 6.0)
 

@@ -49,6 +49,9 @@ class AutoAttack:
         ValueError: ``pyautoattack`` is not installed, or there is no step or query.
     """
 
+    title: ClassVar[str] = "RA, AutoAttack standard"
+    cost: ClassVar[float] = 40.0
+    package: ClassVar[str] = "pyautoattack"
     role: ClassVar[Role] = "mixed"
     attack: PGD = PGD(steps=100)
     steps: int = STEPS
@@ -87,6 +90,10 @@ class AutoAttackSurrogate:
         ValueError: ``pyautoattack`` is not installed.
     """
 
+    title: ClassVar[str] = "RA, AutoAttack by soft gates' gradient"
+    cost: ClassVar[float] = 80.0
+    package: ClassVar[str] = "pyautoattack"
+    routed: ClassVar[bool] = True
     role: ClassVar[Role] = "mixed"
     attack: PGD = PGD(steps=100)
     seed: int = 0
@@ -114,6 +121,9 @@ class Square:
         ValueError: ``pyautoattack`` is not installed, or there is no query.
     """
 
+    title: ClassVar[str] = "RA, Square (black box)"
+    cost: ClassVar[float] = 10.0
+    package: ClassVar[str] = "pyautoattack"
     role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
     queries: int = 1000

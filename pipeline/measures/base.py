@@ -44,8 +44,23 @@ def role_of(measure: object) -> Role:
     return role
 
 
+def cost_of(measure: Measure) -> float:
+    """Estimate gradients per image: ``cost`` (1 where a measure has none) times the steps.
+
+    For the time that is left; how many images an attack breaks early is not in it.
+    """
+    attack = measure.attack
+    return float(getattr(measure, "cost", 1.0)) * attack.steps * attack.restarts
+
+
 class Measure(Protocol):
-    """Settings are fields; a call attacks a frozen model (``moe.fold_batchnorm.fold``)."""
+    """Settings are fields; a call attacks a frozen model (``moe.fold_batchnorm.fold``).
+
+    A measure may say of itself, as class attributes: ``title``, its words in tables; ``role``, see
+    ``role_of``; ``cost``, its gradients per image and step over those of PGD (for two experts);
+    ``routed``, that a dense net has nothing for it to attack; ``floor``, that it does not judge the
+    deployed model; ``package``, which it needs beside torch.
+    """
 
     def __init__(self, *, attack: PGD) -> None: ...
     @property

@@ -4,6 +4,7 @@ Shapes: B images, E experts, CHW channels and sides.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class OneExpert:
         ValueError: The model has no such expert.
     """
 
+    routed: ClassVar[bool] = True
+    floor: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
     expert: int = 0
 
@@ -89,6 +92,9 @@ class FreeChoice:
     only the E routes that take one expert throughout are tried: a hint, and no floor.
     """
 
+    title: ClassVar[str] = "floor: the attacker sets the route"
+    routed: ClassVar[bool] = True
+    floor: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:

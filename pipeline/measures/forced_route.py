@@ -6,6 +6,7 @@ one expert at a time, and pulls the router there, does not depend on it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ class ForcedRoute:
         ValueError: There is no weight, or one is negative.
     """
 
+    title: ClassVar[str] = "RA, forced route"
+    cost: ClassVar[float] = 2.0
+    routed: ClassVar[bool] = True
     attack: Walker = PGD(steps=50)
     weights: tuple[float, ...] = (1.0,)
 
@@ -145,6 +149,9 @@ class ForcedRouteSweep:
         weights: As in ``ForcedRoute``, in the order in which they are tried.
     """
 
+    title: ClassVar[str] = "RA, forced route, three weights"
+    cost: ClassVar[float] = 6.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
     weights: tuple[float, ...] = SWEEP
 
@@ -163,6 +170,9 @@ class ForcedRouteAPGD:
         weights: As in ``ForcedRoute``, in the order in which they are tried.
     """
 
+    title: ClassVar[str] = "RA, forced route, APGD"
+    cost: ClassVar[float] = 6.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=100)
     weights: tuple[float, ...] = SWEEP
 

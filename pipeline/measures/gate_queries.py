@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class GateQueries:
         ValueError: A number of queries or samples is below 1, or the width is not above 0.
     """
 
+    title: ClassVar[str] = "RA, routes reached by queries"
+    cost: ClassVar[float] = 8.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
     queries: int = 50
     samples: int = 4

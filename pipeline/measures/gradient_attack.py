@@ -1,6 +1,7 @@
 """PGD on the whole model, by the true gradient of the deployed network (hard gates)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class WhiteBoxMargin:
 class AutoPGD:
     """RA under APGD on the cross-entropy (Croce and Hein, ICML 2020, arXiv:2003.01690)."""
 
+    title: ClassVar[str] = "RA, APGD on the cross-entropy"
     attack: PGD = PGD(steps=100)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
@@ -63,6 +65,7 @@ class AutoPGD:
 class AutoPGDRatio:
     """RA under APGD on the difference of logits ratio, the margin for two classes."""
 
+    title: ClassVar[str] = "RA, APGD on the ratio of logits"
     attack: PGD = PGD(steps=100)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
@@ -86,6 +89,8 @@ class AutoPGDTargeted:
         ValueError: There is no class to aim at.
     """
 
+    title: ClassVar[str] = "RA, targeted APGD"
+    cost: ClassVar[float] = 8.0
     attack: PGD = PGD(steps=100)
     targets: int = 9
 
@@ -111,6 +116,8 @@ class AutoPGDTargeted:
 class Clean:
     """SA: accuracy on the images as they are."""
 
+    title: ClassVar[str] = "SA, no attack"
+    cost: ClassVar[float] = 0.05
     attack: PGD = PGD()
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class HiddenGradients:
         samples: Passes of such a network per gradient.
     """
 
+    title: ClassVar[str] = "RA, straight through what has no gradient"
     attack: PGD = PGD(steps=50)
     samples: int = 8
 

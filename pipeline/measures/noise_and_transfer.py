@@ -15,6 +15,8 @@ from pipeline.optimization.losses import margin_per_image
 class RandomNoise:
     """RA under uniform noise in the same ball, one draw a restart: weaker than any attack."""
 
+    title: ClassVar[str] = "accuracy under noise"
+    cost: ClassVar[float] = 0.05
     role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
 
@@ -37,6 +39,7 @@ class Transfer:
             them a network.
     """
 
+    title: ClassVar[str] = "RA, images made on another model"
     role: ClassVar[Role] = "transfer"
     source: Network
     attack: PGD = PGD(steps=50)

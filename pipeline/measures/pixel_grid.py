@@ -6,6 +6,7 @@ Shapes: B images, CHW channels and sides.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class OnGrid:
     The network sees rounded images only, and the gradient passes through the rounding.
     """
 
+    title: ClassVar[str] = "RA, images on the 8-bit grid throughout"
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:

@@ -22,6 +22,8 @@ class Queries:
         queries: Evaluations of the model per image.
     """
 
+    title: ClassVar[str] = "RA, random search of 200 queries (black box)"
+    cost: ClassVar[float] = 2.0
     role: ClassVar[Role] = "black_box"
     attack: PGD = PGD(steps=50)
     queries: int = 200

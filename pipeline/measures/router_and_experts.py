@@ -1,6 +1,7 @@
 """Attacks on one component, judged on the whole model (RT-ER, arXiv:2502.06832, section 3)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class ExpertAttack:
     V-MoE the scores of every token in every layer, see ``moe.token_network``.
     """
 
+    title: ClassVar[str] = "RA, experts attacked, clean route"
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:
@@ -42,6 +45,9 @@ class RouterAttack:
     With several decisions per image, each counts by its own scale, and until it has changed.
     """
 
+    title: ClassVar[str] = "RA, router attacked"
+    cost: ClassVar[float] = 0.5
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:

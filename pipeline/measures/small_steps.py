@@ -1,6 +1,7 @@
 """The attack of arXiv:2210.10253 on V-MoE, and attacks along the routes of other images."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class SmallSteps:
         steps: T, 40 in the paper.
     """
 
+    title: ClassVar[str] = "RA, small steps from the clean image"
     attack: PGD = PGD(steps=40)
     steps: int = 40
 
@@ -51,6 +53,9 @@ class OtherRoutes:
     batch.
     """
 
+    title: ClassVar[str] = "RA, along routes of other images"
+    cost: ClassVar[float] = 2.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=50)
 
     def __call__(self, model: Network, x_BCHW: Tensor, y_B: Tensor, noise: Draw) -> Attacked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,9 @@ class Surrogate:
         ValueError: There is no variant, or not of this name.
     """
 
+    title: ClassVar[str] = "RA, gradients of other gates"
+    cost: ClassVar[float] = 2.0
+    routed: ClassVar[bool] = True
     attack: Walker = PGD(steps=50)
     variants: tuple[str, ...] = tuple(VARIANTS)
 
@@ -195,6 +198,9 @@ class SurrogateAPGD:
         variants: As in ``Surrogate``.
     """
 
+    title: ClassVar[str] = "RA, gradients of other gates, APGD"
+    cost: ClassVar[float] = 2.0
+    routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=100)
     variants: tuple[str, ...] = tuple(VARIANTS)
 

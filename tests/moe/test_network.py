@@ -116,6 +116,24 @@ def test_network_equals_its_masked_twin_with_all_gradients(
 
 
 @pytest.mark.parametrize("name", FEW)
+def test_scores_along_the_own_route_are_the_scores_and_follow_no_other(
+    build: Any, name: str
+) -> None:
+    model, x_BCHW = made(build, name).eval(), images(name)
+    own = model(x_BCHW)
+    exact(model.scores_along(x_BCHW, own.route), own.router)
+    other = model(x_BCHW.flip(0)).route
+    held, layers = model.scores_along(x_BCHW, other), model.num_layers
+    if not layers:
+        exact(held, own.router)
+        return
+    exact(held[:, 0], own.router[:, 0])
+    changed_B = (other[:, :-1] != own.route[:, :-1]).any(1)
+    assert changed_B.any()
+    assert ((held - own.router).abs().amax((1, 2)) > 1e-6).equal(changed_B)
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_given_route_equals_its_masked_twin(build: Any, name: str) -> None:
     model, x_BCHW = made(build, name), images(name)
     twin, experts = masked(model), NETS[name]["num_experts"]

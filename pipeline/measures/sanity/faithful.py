@@ -71,10 +71,12 @@ def nearest_gap(model: Network, x_BCHW: Tensor) -> Objective:
     """Make the gap of the router's best over its second, of the decision that is the closest.
 
     Decision and experts are those of ``x_BCHW``, so that the gap crosses zero where the route
-    changes and does not turn round there.
+    changes and does not turn round there; the routes of other layers are held at those of
+    ``x_BCHW``, since their changes make the scores behind them jump.
     """
     with torch.no_grad():
-        scores_BDE = model.router_scores(x_BCHW)
+        clean = model(x_BCHW)
+        scores_BDE = clean.router
         scores_BDE = scores_BDE.reshape(len(x_BCHW), -1, scores_BDE.shape[-1])
         top = scores_BDE.topk(2, dim=-1)
         place_B = (top.values[..., 0] - top.values[..., 1]).argmin(1)
@@ -82,7 +84,7 @@ def nearest_gap(model: Network, x_BCHW: Tensor) -> Objective:
     pair_B2 = top.indices[every_B, place_B]
 
     def gap(x: Tensor) -> Tensor:
-        found = model.router_scores(x)
+        found = model.scores_along(x, clean.route)
         own_BE = found.reshape(len(x), -1, found.shape[-1])[every_B, place_B]
         pair = own_BE.gather(1, pair_B2)
         return pair[:, 0] - pair[:, 1]
