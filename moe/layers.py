@@ -219,6 +219,37 @@ class MoEConv2d(nn.Module):
         )
 
 
+class MoELinear(nn.Module):
+    """Linear map with one expert's weights per image, for an MLP or the layers of a transformer.
+
+    ``y_bt = g_be (W_e x_bt) + bias``, ``e = argmax scores_b``; all experts share the bias. It is
+    ``MoEConv2d`` with a kernel of 1 over positions laid out as pixels, so that folding, costs,
+    export and soft gates know it. A layer whose tokens choose for themselves is
+    ``moe.moe_mlp.MoEMlp``.
+
+    Args:
+        in_features, out_features: Of one expert.
+        num_experts: E.
+        gated: The layer routes for itself, by the mean over positions, as in ``MoEConv2d``.
+
+    Raises:
+        ValueError: A size is below 1.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, num_experts: int, gated: bool = False
+    ):
+        super().__init__()
+        self.conv = MoEConv2d(in_features, out_features, 1, num_experts=num_experts, gated=gated)
+        self.bias_D = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Map features (B, C), or (B, T, C) at T positions, to D in place of C."""
+        x_BCT1 = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)[..., None]
+        y_BTD = self.conv(x_BCT1, routing).squeeze(3).transpose(1, 2) + self.bias_D
+        return y_BTD.reshape(*x.shape[:-1], -1)
+
+
 class ConvNorm(nn.Module):
     """A convolution, plain or mixture, with its BatchNorm; all experts share the BatchNorm."""
 
