@@ -103,6 +103,7 @@ def _fold_conv_norm(layer: ConvNorm) -> ConvNorm:
         conv.weight_FCRR = _frozen(conv.weight_FCRR * scale_F.view(-1, 1, 1, 1))
         conv.bias_D = bias_D
     else:
+        assert isinstance(conv, nn.Conv2d)
         conv.weight = _frozen(conv.weight * scale_D.view(-1, 1, 1, 1))
         conv.bias = _frozen(bias_D)
     clone._modules.update(conv=conv, norm=nn.Identity())

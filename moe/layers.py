@@ -247,22 +247,21 @@ class MoELinear(nn.Module):
         """Map features (B, C), or (B, T, C) at T positions, to D in place of C."""
         x_BCT1 = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)[..., None]
         y_BTD = self.conv(x_BCT1, routing).squeeze(3).transpose(1, 2) + self.bias_D
-        return y_BTD.reshape(*x.shape[:-1], -1)
+        found: Tensor = y_BTD.reshape(*x.shape[:-1], -1)
+        return found
 
 
 class ConvNorm(nn.Module):
     """A convolution, plain or mixture, with its BatchNorm; all experts share the BatchNorm."""
 
-    def __init__(self, conv: nn.Conv2d | MoEConv2d, channels: int):
+    def __init__(self, conv: nn.Module, channels: int):
         super().__init__()
         self.conv = conv
         self.norm: nn.Module = nn.BatchNorm2d(channels)
 
     def forward(self, x_BCHW: Tensor, routing: Routing) -> Tensor:
-        if isinstance(self.conv, MoEConv2d):
-            y_BDPQ = self.conv(x_BCHW, routing)
-        else:
-            y_BDPQ = self.conv(x_BCHW)
+        plain = isinstance(self.conv, nn.Conv2d)
+        y_BDPQ = self.conv(x_BCHW) if plain else self.conv(x_BCHW, routing)
         normed_BDPQ: Tensor = self.norm(y_BDPQ)
         return normed_BDPQ
 

@@ -25,7 +25,7 @@ class _Masks(Routing):
     gates_BE: Tensor | None = None
 
 
-class MaskedConv2d(MoEConv2d):
+class MaskedConv2d(nn.Module):
     """``y_b = sum_e g_be (W_e conv x_b)`` with one-hot straight-through gates, computed as written.
 
     The mixture layer of AdvMoE's released code (Zhang et al., ICCV 2023, arXiv:2308.10110): E times
@@ -33,10 +33,10 @@ class MaskedConv2d(MoEConv2d):
     """
 
     def __init__(self, layer: MoEConv2d):
-        nn.Module.__init__(self)
+        super().__init__()
         assert layer.bias_D is None, "a folded layer has no masked twin"
         self.num_experts, self.stride, self.padding = layer.num_experts, layer.stride, layer.padding
-        self.weight_FCRR, self.bias_D, self.gate = layer.weight_FCRR, None, layer.gate
+        self.weight_FCRR, self.gate = layer.weight_FCRR, layer.gate
 
     def forward(self, x_BCHW: Tensor, routing: Routing) -> Tensor:
         """Map features (B, C, H, W) to (B, D, P, Q)."""

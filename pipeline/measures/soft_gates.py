@@ -85,14 +85,14 @@ def pathways(model: Network, x_BCHW: Tensor) -> Tensor:
     return logits_FK.view(experts, batch, -1).transpose(0, 1)
 
 
-class RelaxedConv2d(MoEConv2d):
+class RelaxedConv2d(nn.Module):
     """A self-routing mixture convolution that runs every expert: ``y = sum_e g_e (W_e conv x)``.
 
     Shares the parameters of the layer that it stands for, folded or not.
     """
 
     def __init__(self, layer: MoEConv2d, weigh: Gate):
-        nn.Module.__init__(self)
+        super().__init__()
         self.num_experts, self.stride, self.padding = layer.num_experts, layer.stride, layer.padding
         self.weight_FCRR, self.bias_D, self.gate = layer.weight_FCRR, layer.bias_D, layer.gate
         self.weigh = weigh
