@@ -77,7 +77,7 @@ def shards(
     def share(rank: int, net: Network, work: Mapping[str, Job], say: Say) -> dict[str, Verdicts]:
         device = best_device()
         net, found, began = net.to(device), {}, time.monotonic()
-        ahead = sum(cost_of_job(job) for job in work.values())
+        ahead = max(sum(map(cost_of_job, work.values())), 1e-9)
         past = 0.0
         for name, job in work.items():
 

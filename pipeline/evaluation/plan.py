@@ -21,7 +21,7 @@ from pipeline.evaluation.outcome_cache import (
     digest,
     digest_of_images,
 )
-from pipeline.measures import MEASURES, PACKAGED, Transfer
+from pipeline.measures import MEASURES, Transfer
 from pipeline.measures.sanity.probe_attacks import CURVE_STEPS
 from pipeline.measures.tiers import TIERS, Tier, measures_of
 from pipeline.storage.sync import storage_root
@@ -75,12 +75,12 @@ def read_plan(options: Mapping[str, str]) -> Plan:
         if unknown := [name for name in names if name not in MEASURES]:
             raise ValueError(f"measure must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
         tier = replace(tier, measures=names, substitute=False)
-    lacking = [name for name in tier.measures if name in PACKAGED]
-    if lacking and find_spec("pyautoattack") is None:
+    needs = {name: getattr(MEASURES[name], "package", "") for name in tier.measures}
+    lacking = [name for name, package in needs.items() if package and not find_spec(package)]
+    if lacking:
         if asked or name == "full":
-            raise ValueError(
-                f"{lacking[0]} needs the package pyautoattack: pip install 'robust-moe[eval]'"
-            )
+            first = f"{lacking[0]} needs the package {needs[lacking[0]]}"
+            raise ValueError(f"{first}: pip install 'robust-moe[eval]'")
         tier = replace(tier, measures=tuple(n for n in tier.measures if n not in lacking))
     wanted = parse("substitute", options.get("substitute", tier.substitute), bool)
     tier = replace(tier, substitute=wanted)

@@ -54,8 +54,6 @@ MEASURES: dict[str, type[Measure]] = {
 
 # What a training run ends with: the others cost up to a hundred times as much.
 END_OF_RUN = ("sa", "ra_pgd", "ra_pgd_margin", "ra_forced", "ra_router", "ra_expert")
-ROUTED = tuple(name for name, kind in MEASURES.items() if getattr(kind, "routed", False))
-"""Attacks on a route, which a dense net has not."""
 FLOORS = tuple(name for name, kind in MEASURES.items() if getattr(kind, "floor", False))
 """Judged along a fixed route and not on the deployed model: they do not count into ra_worst."""
 PACKAGED = tuple(name for name, kind in MEASURES.items() if getattr(kind, "package", ""))
@@ -66,7 +64,6 @@ __all__ = [
     "FLOORS",
     "MEASURES",
     "PACKAGED",
-    "ROUTED",
     "Attacked",
     "AutoAttack",
     "Evaluation",

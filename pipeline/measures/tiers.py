@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.attacks.pgd import PGD
-from pipeline.measures import END_OF_RUN, MEASURES, ROUTED, Measure
+from pipeline.measures import END_OF_RUN, MEASURES, Measure
 from pipeline.measures.threat import Evaluation
 
 NAMES = {"ra_pgd": "ra_pgd{}", "ra_pgd_margin": "ra_pgd{}_margin"}
@@ -88,7 +88,7 @@ def measures_of(
     """
     made: dict[str, Measure] = {}
     for name in names:
-        if num_experts == 1 and name in ROUTED:
+        if num_experts == 1 and getattr(MEASURES[name], "routed", False):
             continue
         attack = evaluation.attack(evaluation.steps * (2 if name in TWICE else 1), kind)
         if name == "ra_each":
