@@ -139,6 +139,11 @@ def faithful(e: Evidence) -> CheckResult | None:
     return _share(e, "faithful", UNFAITHFUL, "margins do not change as their gradients say")
 
 
+def continuous(e: Evidence) -> CheckResult | None:
+    """The margin passes through zero where the class changes."""
+    return _share(e, "continuous", UNFAITHFUL, "margins jump where the class changes")
+
+
 def router_gradient(e: Evidence) -> CheckResult | None:
     """The router's scores have input gradients: without, no attack on routes sees where to go."""
     words = "gaps between two experts have no input gradient: attacks on routes are blind"

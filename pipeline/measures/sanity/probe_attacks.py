@@ -18,6 +18,7 @@ from pipeline.attacks.pgd import PGD, Draw
 from pipeline.measures.base import Attacked, Measure, slope_of
 from pipeline.measures.gradient_attack import Clean, WhiteBox
 from pipeline.measures.random_queries import Queries
+from pipeline.measures.sanity.continuous import Continuous
 from pipeline.measures.sanity.faithful import (
     FaithfulLogits,
     FaithfulRouter,
@@ -89,6 +90,7 @@ def contrasts(
         "unbounded": make(attack=replace(attack, eps=far, step_size=far / 10)),
         "gradients": Gradient(),
         "faithful": FaithfulLogits(attack=attack),
+        "continuous": Continuous(attack=attack),
         "queries": Queries(attack=attack),
         **(router_probes(attack) if routed else {}),
     }

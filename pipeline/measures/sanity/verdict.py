@@ -42,6 +42,7 @@ CHECKS: dict[str, tuple[Callable[[Evidence], CheckResult | None], tuple[str, ...
     "batch": (checks.batch, ("deterministic",)),
     "gradients": (checks.gradients, ("logits", *STEADY)),
     "faithful": (checks.faithful, ("logits", *STEADY, "gradients")),
+    "continuous": (checks.continuous, ("logits", *STEADY, "gradients")),
     "router_gradient": (checks.router_gradient, STEADY),
     "router_faithful": (checks.router_faithful, (*STEADY, "router_gradient")),
     "in_ball": (checks.in_ball, ("gradients",)),  # a gradient of NaN makes images of NaN

@@ -27,6 +27,7 @@ from pipeline.measures.hidden_gradients import HiddenGradients, StraightThrough,
 from pipeline.measures.pixel_grid import OnGrid, judged_on_grid, rounded
 from pipeline.measures.random_queries import Queries
 from pipeline.measures.runner import judge
+from pipeline.measures.sanity.continuous import Continuous
 from pipeline.measures.sanity.faithful import (
     FaithfulLogits,
     FaithfulRouter,
@@ -140,6 +141,9 @@ HIDING: dict[str, Callable[[Tensor], Tensor]] = {
     "cast by name": lambda x: (15 * x).long().float() / 15,
     "remainder": lambda x: x - torch.remainder(x, 1 / 15),
     "modulo": lambda x: x - x % (1 / 15),
+    "comparisons": lambda x: sum((x > (k + 0.5) / 15).float() for k in range(15)) / 15,
+    "choices": lambda x: sum(torch.where(x >= (k + 0.5) / 15, 1.0, 0.0) for k in range(15)) / 15,
+    "saturation": lambda x: sum(torch.sigmoid(1e4 * (x - (k + 0.5) / 15)) for k in range(15)) / 15,
 }
 
 
@@ -172,6 +176,38 @@ def test_straight_through_is_the_function_forward_and_the_identity_backward() ->
     with StraightThrough():
         assert torch.equal(plain.round(), plain.detach().round())
         assert plain.long().dtype == torch.int64, "what needs no gradient stays whole"
+
+
+CODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one_hot": lambda z: nn.functional.one_hot(z.argmax(1), CLASSES).to(z),
+    "row of a table": lambda z: torch.eye(CLASSES)[z.argmax(dim=-1)],
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_code_of_an_answer_is_attacked_through_and_its_jump_is_seen(code: str) -> None:
+    """Every margin is that of another network plus a constant: exact gradients, to nowhere."""
+    net, other = linear(scale=0.1), linear(seed=7, scale=0.1)
+    model = defences.dense(lambda x: 20 * CODES[code](net(x).logits) + other(x).logits)
+    split = images(net)
+    truth, plain = stand(WhiteBoxMargin, net, split), stand(WhiteBoxMargin, model, split)
+    assert plain > truth + 40
+    assert stand(HiddenGradients, model, split) < plain - 20
+    assert stand(FaithfulLogits, model, split) > 0.9 * COUNT, "the gradients are right"
+    assert stand(Continuous, model, split) == 0
+
+
+def test_margins_of_continuous_networks_meet_and_hard_gates_may_jump() -> None:
+    split = images(linear())
+    assert stand(Continuous, linear(), split) == COUNT
+    assert stand(Continuous, linear(scale=1e4), split) == COUNT
+
+    def scores(x: Tensor) -> Tensor:
+        height_B = x[:, 0].mean((1, 2)) - 0.5
+        return torch.stack([height_B, -height_B], 1)
+
+    gated = defences.routed(scores, linear(), linear(seed=7))
+    assert stand(Continuous, gated, split) == COUNT
 
 
 def test_network_that_indexes_by_pixels_is_attacked_as_it_is() -> None:
