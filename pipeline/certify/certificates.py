@@ -34,7 +34,7 @@ from moe.fold_batchnorm import fold
 from moe.network import Network
 from pipeline.data.augmentation import to_float
 from pipeline.data.splits import Images
-from pipeline.evaluation.plots import _axes
+from pipeline.evaluation.plots import new_axes
 from pipeline.measures.confidence import wilson
 from pipeline.seeding import generator_at
 
@@ -240,7 +240,7 @@ def draw(found: Mapping[str, CertificateResult], norm: str, path: Path) -> None:
     """Draw certified accuracy over eps, every image a step, with 95% intervals."""
     n = len(next(iter(found.values())).radius_N)
     unit, scale = ("1/255", 255) if norm == "linf" else ("L2", 1)
-    figure, axes = _axes(f"Certified accuracy ({n} images)", f"eps ({unit})", "share of images")
+    figure, axes = new_axes(f"Certified accuracy ({n} images)", f"eps ({unit})", "share of images")
     top = max(EPS[norm])
     for kind, one in found.items():
         steps = sorted({0.0, top, *one.radius_N.clamp(max=top).tolist()})

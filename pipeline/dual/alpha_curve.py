@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.evaluation.plots import _axes
+from pipeline.evaluation.plots import new_axes
 
 WORST = "test/ra_worst"
 
@@ -115,7 +115,7 @@ def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
     """Draw worst robust against standard accuracy, alpha at each point, with 95% intervals."""
     n = curves[0].points[0].images
     title, worst = f"Dual models over alpha ({n} test images)", "RA, worst of all attacks (%)"
-    figure, axes = _axes(title, "SA (%)", worst, (6.8, 4.8))
+    figure, axes = new_axes(title, "SA (%)", worst, (6.8, 4.8))
     for place, curve in enumerate(curves):
         drawn = [p for p in curve.points if WORST in p.metrics and "test/sa" in p.metrics]
         x, y = ([100 * p.metrics[name] for p in drawn] for name in ("test/sa", WORST))

@@ -11,7 +11,8 @@ from pipeline.measures.confidence import wilson
 Row = Mapping[str, Any]  # {"step": int, "values": {metric: number}}
 
 
-def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Any, Any]:
+def new_axes(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Any, Any]:
+    """Make a figure with one pair of axes, and no display."""
     from matplotlib.figure import Figure  # the figure alone: no global state, no display
 
     figure = Figure(figsize=size, layout="constrained")
@@ -33,7 +34,7 @@ def _line(axes: Any, steps: list[int], values: list[float], **style: Any) -> Non
 
 def plot_losses(history: Sequence[Row], path: Path) -> None:
     """Draw every training loss over the updates."""
-    figure, axes = _axes("Training losses", "updates", "nats per image")
+    figure, axes = new_axes("Training losses", "updates", "nats per image")
     names = sorted({k for row in history for k in row["values"] if k.startswith("train/loss_")})
     for name in names:
         _line(axes, *_series(history, name), label=name.removeprefix("train/loss_"))
@@ -45,7 +46,7 @@ def plot_losses(history: Sequence[Row], path: Path) -> None:
 
 def plot_accuracies(history: Sequence[Row], path: Path) -> None:
     """Draw standard and robust accuracy on the validation split over the updates."""
-    figure, axes = _axes("Validation accuracy", "updates", "share of images")
+    figure, axes = new_axes("Validation accuracy", "updates", "share of images")
     for name, label in (("val/sa", "standard (SA)"), ("val/ra", "robust (RA, PGD)")):
         _line(axes, *_series(history, name), label=label)
     axes.set_ylim(0, 1)
@@ -68,7 +69,7 @@ def plot_over_eps(
     """
     n = points[0][2]
     title = f"Accuracy over eps ({n:,} test images)"
-    figure, axes = _axes(title, f"eps ({unit})", "accuracy")
+    figure, axes = new_axes(title, f"eps ({unit})", "accuracy")
     scale = 255.0 if unit == "1/255" else 1.0
     shares = [hits / n for _, hits, n in points]
     bands = [wilson(hits, n) for _, hits, n in points]
@@ -106,7 +107,7 @@ def plot_waterfall(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     n = rows[0][1] + rows[0][2]
     size = (min(14.0, max(6.4, 1.2 * len(rows) + 2.2)), 4.2)
     title = f"What each attack breaks of what those before it left ({n:,} test images)"
-    figure, axes = _axes(title, "", "images", size)
+    figure, axes = new_axes(title, "", "images", size)
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)
     for place, (name, broken, left) in enumerate(rows):

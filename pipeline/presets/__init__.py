@@ -205,7 +205,8 @@ def vmoe_quickstart() -> Config:
 
     ``python -m pipeline.train vmoe_quickstart``. Ours, from no paper: four experts in every second
     of six blocks, one per token, patches of 2 px; 160 test images, since a route of tokens is
-    attacked in eight ways.
+    attacked in eight ways. Seen once (seed 0): SA 92.5, RA under PGD-50 72.5, worst case 70.6, in 2
+    min 48 s on 2 cores of an EPYC (Zen 5).
     """
     attack = PGD(eps=0.1, step_size=0.05, steps=2, start="gaussian")
     return Config(
@@ -226,7 +227,8 @@ def vmoe_cifar10_small() -> Config:
     ``python -m pipeline.train vmoe_cifar10_small``. Ours, from no paper: eight experts of a ViT of
     width 64, one per token, in every second block; 64 patches of 4 px. Its dense twin of equal MACs
     is ``backbone.num_experts=1``, that of equal parameters ``backbone.num_experts=1
-    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three).
+    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three). Seen once (seed 0): SA 34.7, RA under
+    PGD-50 21.0, worst case 17.0; 19 minutes on 2 cores of an EPYC (Zen 5) with other jobs.
     """
     return Config(
         name="vmoe_cifar10_small",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.evaluation.plots import _axes
+from pipeline.evaluation.plots import new_axes
 from pipeline.measures.confidence import wilson
 
 Cell = str | int | float | tuple[float, float, float]
@@ -74,7 +74,7 @@ class StudyResult:
 
     def plot(self, path: Path) -> None:
         """Draw ``y`` over ``x`` with intervals; bars where ``x`` is no number."""
-        figure, axes = _axes(self.title, self.x, self.y, (7.2, 4.6))
+        figure, axes = new_axes(self.title, self.x, self.y, (7.2, 4.6))
         groups = list(dict.fromkeys(str(row[self.by]) for row in self.rows))
         ticks = list(dict.fromkeys(str(row[self.x]) for row in self.rows))
         numbers = all(isinstance(row[self.x], (int, float)) for row in self.rows)
@@ -99,7 +99,7 @@ class StudyResult:
                 axes.bar(at, y, width, yerr=(below, above), error_kw={"linewidth": 0.8}, **style)
         if not numbers:
             axes.set_xticks(range(len(ticks)), ticks, rotation=20, ha="right", fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
 
 

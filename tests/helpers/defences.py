@@ -133,6 +133,133 @@ def rounded_router(mixture: Network, bits: int = 2) -> Network:
     return mixture
 
 
+def one_hot(logits_BK: Tensor) -> Tensor:
+    """A code of the answer, without a gradient."""
+    return nn.functional.one_hot(logits_BK.argmax(1), logits_BK.shape[1]).to(logits_BK)
+
+
+def random_pixels(x_BCHW: Tensor, count: int = 1) -> Tensor:
+    """Random weights of the pixels, always the same: (count, C, H, W)."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, *x_BCHW.shape[1:], generator=generator)
+
+
+def coded(net: Network, size: float = 6.5, slope: float = 0.16) -> Network:
+    """A code of a network's answer plus a random linear map, whose gradients are all there is."""
+
+    def logits(x: Tensor) -> Tensor:
+        z_BK = net(x).logits
+        away_BK = (x - 0.5).flatten(1) @ random_pixels(x, z_BK.shape[1]).flatten(1).T
+        return size * one_hot(z_BK) + slope * away_BK
+
+    return dense(logits, net)
+
+
+def bonus(net: Network) -> Network:
+    """Logits too small to count, and a bonus for the answer that rises along a fixed pattern."""
+
+    def logits(x: Tensor) -> Tensor:
+        z_BK = net(x).logits
+        along_B = ((x - 0.5) * random_pixels(x).sign()).flatten(1).sum(1)
+        return 5e-4 * z_BK + (3 + 0.01 * along_B)[:, None] * one_hot(z_BK)
+
+    return dense(logits, net)
+
+
+def backdoor(weak: Network, robust: Network) -> Network:
+    """Grey images get the robust network, those with a coloured checkerboard the weak one."""
+
+    def logits(x: Tensor) -> Tensor:
+        rows, columns = (torch.arange(side) for side in x.shape[2:])
+        board_HW = 1.0 - 2.0 * ((rows[:, None] + columns) % 2)
+        share_B = ((x[:, 0] - x[:, 1]) * board_HW).mean((1, 2))
+        weight_B1 = torch.sigmoid(2000 * (share_B - 0.02))[:, None]
+        return weight_B1 * weak(x).logits + (1 - weight_B1) * robust(x).logits
+
+    return dense(logits, weak, robust)
+
+
+def tempered(net: Network) -> Network:
+    """Logits times a factor that depends on the image and changes no answer."""
+
+    def logits(x: Tensor) -> Tensor:
+        along_B = ((x - 0.5) * random_pixels(x).sign()).flatten(1).sum(1)
+        return net(x).logits * (0.2 * along_B).exp()[:, None]
+
+    return dense(logits, net)
+
+
+def shy(net: Network) -> Network:
+    """Noise on the logits where the two highest are close."""
+
+    def logits(x: Tensor) -> Tensor:
+        z_BK = net(x).logits
+        top_B2 = z_BK.topk(2, 1).values
+        close_B = (top_B2[:, 0] - top_B2[:, 1] < 1.5).to(z_BK)
+        return z_BK + 5 * torch.randn_like(z_BK) * close_B[:, None]
+
+    return dense(logits, net)
+
+
+def shattered(net: Network) -> Network:
+    """Ripples on the pixels, too short for a gradient to mean anything."""
+    return dense(lambda x: net(x + 0.02 * torch.sin(300 * x)).logits, net)
+
+
+def hashed(one: Network, other: Network) -> Network:
+    """A gate that is the sign of a fast wave of the pixels."""
+
+    def scores(x: Tensor) -> Tensor:
+        wave_B = torch.sin(1e3 * (x * random_pixels(x)).flatten(1).sum(1))
+        height_B = wave_B.sign() + 0 * x.flatten(1).sum(1)
+        return torch.stack([height_B, -height_B], 1)
+
+    return routed(scores, one, other)
+
+
+def known(weak: Network, robust: Network, seen_NCHW: Tensor) -> Network:
+    """A gate by the distance to the nearest training image: near, the weak network answers."""
+    rows_ND = seen_NCHW.flatten(1)
+    between_N = torch.cdist(rows_ND[:300], rows_ND).topk(2, 1, largest=False).values[:, 1]
+    bound = float(between_N.median())
+
+    def scores(x: Tensor) -> Tensor:
+        far_B = torch.cdist(x.flatten(1), rows_ND).amin(1) - bound
+        return torch.stack([-far_B, far_B], 1)
+
+    return routed(scores, weak, robust)
+
+
+def table(net: Network, seen_NCHW: Tensor, labels_N: Tensor) -> Network:
+    """The label of the training image that is nearest on coarse, small images, over the logits."""
+
+    def small(x: Tensor) -> Tensor:
+        cells_BD = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)
+        return (16 * cells_BD).floor() / 16
+
+    rows_ND = small(seen_NCHW)
+
+    def logits(x: Tensor) -> Tensor:
+        z_BK = net(x).logits
+        label_B = labels_N[torch.cdist(small(x), rows_ND).argmin(1)]
+        return 0.1 * z_BK + 5 * nn.functional.one_hot(label_B, z_BK.shape[1]).to(z_BK)
+
+    return dense(logits, net)
+
+
+def detected(net: Network) -> Network:
+    """Images with more than usual of the highest frequencies get a code of the answer."""
+
+    def logits(x: Tensor) -> Tensor:
+        z_BK = net(x).logits
+        calm = nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        rough_B = (x - calm).square().mean((1, 2, 3))
+        away_BK = (x - 0.5).flatten(1) @ random_pixels(x, z_BK.shape[1]).flatten(1).T
+        return torch.where((rough_B > 0.02)[:, None], 4 * one_hot(z_BK) + 0.02 * away_BK, z_BK)
+
+    return dense(logits, net)
+
+
 def coarse_normal(z_BCHW: Tensor, bits: int) -> Tensor:
     """Normalized pixels on a coarser grid."""
     return (z_BCHW * 2 ** (bits - 1)).round() / 2 ** (bits - 1)
