@@ -227,8 +227,9 @@ def vmoe_cifar10_small() -> Config:
     ``python -m pipeline.train vmoe_cifar10_small``. Ours, from no paper: eight experts of a ViT of
     width 64, one per token, in every second block; 64 patches of 4 px. Its dense twin of equal MACs
     is ``backbone.num_experts=1``, that of equal parameters ``backbone.num_experts=1
-    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three). Seen once (seed 0): SA 34.7, RA under
-    PGD-50 21.0, worst case 17.0; 19 minutes on 2 cores of an EPYC (Zen 5) with other jobs.
+    backbone.hidden=18`` (``python -m pipeline.study compute`` trains all three). Seen once
+    (seed 0): SA 34.7, RA under PGD-50 21.0, worst case 17.0; 19 minutes on 2 cores of an EPYC (Zen
+    5) with other jobs.
     """
     return Config(
         name="vmoe_cifar10_small",
