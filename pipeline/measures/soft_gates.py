@@ -167,7 +167,7 @@ class Surrogate:
     """
 
     title: ClassVar[str] = "RA, gradients of other gates"
-    cost: ClassVar[float] = 2.0
+    cost: ClassVar[float] = 7.0
     routed: ClassVar[bool] = True
     attack: Walker = PGD(steps=50)
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -199,7 +199,7 @@ class SurrogateAPGD:
     """
 
     title: ClassVar[str] = "RA, gradients of other gates, APGD"
-    cost: ClassVar[float] = 2.0
+    cost: ClassVar[float] = 7.0
     routed: ClassVar[bool] = True
     attack: PGD = PGD(steps=100)
     variants: tuple[str, ...] = tuple(VARIANTS)
