@@ -223,8 +223,8 @@ class MoELinear(nn.Module):
     """Linear map with one expert's weights per image, for an MLP or the layers of a transformer.
 
     ``y_bt = g_be (W_e x_bt) + bias``, ``e = argmax scores_b``; all experts share the bias. It is
-    ``MoEConv2d`` with a kernel of 1 over positions laid out as pixels, so that folding, costs,
-    export and soft gates know it. A layer whose tokens choose for themselves is
+    ``MoEConv2d`` with a kernel of 1 over positions laid out as pixels, so that folding and costs
+    know it. A layer whose tokens choose for themselves is
     ``moe.moe_mlp.MoEMlp``.
 
     Args:

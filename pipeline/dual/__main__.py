@@ -57,6 +57,8 @@ def run(argv: list[str]) -> int:
     options = {key: settings.pop(key) for key in OPTIONS if key in settings}
     if "tier" not in options:
         options.setdefault("measure", ",".join(END_OF_RUN))
+    if "substitute" in options:
+        raise ValueError("substitute is an option of pipeline.evaluate, on a single model")
     plan = read_plan(options)
     if unknown := [k for k in settings if not (k.startswith(PREFIXES) or k in WHERE)]:
         known = ", ".join((*OWN, *OPTIONS, *WHERE, *PREFIXES))

@@ -23,6 +23,7 @@ from pipeline.attacks import Objective
 from pipeline.attacks.pgd import PGD
 from pipeline.data.augmentation import to_float
 from pipeline.data.digits import Digits
+from pipeline.measures.sanity.continuous import Continuous
 from pipeline.measures.sanity.faithful import compare_changes, is_faithful, nearest_gap
 from pipeline.optimization.losses import margin_per_image
 from pipeline.seeding import ImageNoise
@@ -53,6 +54,9 @@ def quantiles(values_B: Tensor, at: tuple[float, ...]) -> str:
 def describe(name: str, model: Network, x_BCHW: Tensor, y_B: Tensor) -> None:
     """Print one network's lines: logits, and the router's gap far from a boundary and near."""
     net = fold(model)
+    noise = ImageNoise(0, torch.arange(len(x_BCHW)))
+    jumps = int((~Continuous()(net, x_BCHW, y_B, noise).correct_B).sum())
+    print(name, "continuous", f"{jumps:3d} of {len(x_BCHW)} jump", flush=True)
     print(name, "logits", line(lambda x: margin_per_image(net(x).logits, y_B), x_BCHW), flush=True)
     if net.num_experts == 1:
         return
