@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from pipeline.attacks.pgd import PGD
 from pipeline.cli.console import Follower
+from pipeline.config.overrides import override
 from pipeline.data.splits import Images
 from pipeline.distributed import sharded_evaluation
-from pipeline.distributed.sharded_evaluation import cost_of_job, workers_for
+from pipeline.distributed.sharded_evaluation import cost_of_job, shards, workers_for
 from pipeline.evaluation.evaluator import Job
 from pipeline.measures.base import cost_of
 from pipeline.measures.forced_route import ForcedRoute
 from pipeline.measures.gradient_attack import WhiteBox
 from pipeline.measures.noise_and_transfer import RandomNoise
+from pipeline.presets import PRESETS
+from tests.helpers import defences
 
 TEN = Images(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64))
 
@@ -51,3 +56,30 @@ def test_workers_follow_cores_and_images(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_noise_costs_next_to_nothing() -> None:
     assert cost_of(RandomNoise(attack=PGD(steps=50))) < cost_of(WhiteBox(attack=PGD(steps=50))) / 10
+
+
+class Listener(Follower):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, object]] = []
+
+    def handle(self, event: Mapping[str, object]) -> None:
+        self.told.append(dict(event))
+
+
+def test_time_left_follows_from_the_costs_of_what_is_to_come() -> None:
+    """Half of the gradients are those of PGD, done after as much time as is left."""
+    w_K = torch.nn.Parameter(torch.ones(2))
+    model = defences.dense(lambda x: x.mean((1, 2, 3))[:, None] * w_K)
+    attack = PGD(steps=2)
+    twice = {"ra_pgd": WhiteBox(attack=attack), "ra_again": WhiteBox(attack=attack)}
+    jobs = {"main": Job(TEN, torch.arange(10), twice)}
+    listener = Listener()
+    shards(override(PRESETS["quickstart"](), {"workers": 1}), model, jobs, None, 10, listener)
+    looks = [event for event in listener.told if event["kind"] == "judging"]
+    assert looks[0]["left"] is None, "nothing done yet"
+    (half,) = [event for event in looks if (event["done"], event["what"]) == (10, "ra_pgd")]
+    assert half["left"] == pytest.approx(half["seconds"])
+    assert looks[-1]["left"] == pytest.approx(0.0, abs=1e-9)
